@@ -1,0 +1,126 @@
+"""Errors that name the argument, the rule, the value and the remedy."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.tree_util import keystr, tree_flatten_with_path
+from jax.typing import ArrayLike
+
+
+def number(
+    name: str, value: Any, *, high: float = math.inf, zero: bool = True, hint: str = ""
+) -> ArrayLike:
+    """Check a scalar hyperparameter against [0, high), or (0, high) unless `zero`.
+
+    Python and NumPy numbers come back as `float`, which promotes no dtype. JAX arrays
+    come back as floating-point arrays; their value is checked unless it is traced.
+    """
+    rule = f"`{name}` must be a number in {'[' if zero else '('}0, {high:g})"
+    numeric = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    if not numeric or isinstance(value, bool) or np.iscomplexobj(value):
+        if callable(value):
+            hint = "; to schedule it use optax.inject_hyperparams"
+        raise TypeError(f"{rule}, got {value!r}{hint}")
+    if np.ndim(value) != 0:
+        raise TypeError(
+            f"{rule}, got an array of shape {np.shape(value)}; use jax.vmap to run "
+            "many values at once"
+        )
+    if isinstance(value, jax.Array):
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            value = value.astype(jnp.float32)
+        if jnp.finfo(value.dtype).bits < 32:
+            raise TypeError(
+                f"{rule} in at least float32, got {value.dtype}, which rounds 0.999 to "
+                "1; with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32"
+            )
+    else:
+        value = float(value)
+    if not isinstance(value, Tracer):
+        within = 0 <= value < high if zero else 0 < value < high
+        if not within:
+            raise ValueError(f"{rule}, got {value}{hint}")
+    return value
+
+
+def is_off(value: ArrayLike) -> bool:
+    """Whether an option is 0 for good, which only a Python number can promise."""
+    return isinstance(value, float) and value == 0
+
+
+def flags(**options: Any) -> None:
+    """Check options that choose the program, which a traced value cannot do."""
+    for name, value in options.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"`{name}` must be True or False, got {value!r}")
+
+
+def real_dtype(name: str, dtype: Any) -> None:
+    """Check the dtype of an accumulator: None, float32, or float64 in 64-bit mode."""
+    widest = jax.dtypes.canonicalize_dtype(jnp.float64).name
+    allowed = ("float32",) if widest == "float32" else ("float32", "float64")
+    if dtype is not None and jnp.dtype(dtype).name not in allowed:
+        raise ValueError(
+            f"`{name}` must be None or one of {', '.join(allowed)}, got "
+            f"{jnp.dtype(dtype).name}; an average in fewer bits stops moving, and "
+            "float64 needs jax.config.update('jax_enable_x64', True)"
+        )
+
+
+def inexact(params: Any) -> None:
+    """Check that every parameter is floating point or complex."""
+    for path, leaf in tree_flatten_with_path(params)[0]:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"`params` must be floating point or complex, got {dtype} at "
+                f"{keystr(path) or 'the root'}; leave such leaves out with optax.masked"
+            )
+
+
+def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
+    """Check that two trees agree in structure and shapes; a given leaf may be None."""
+    given_shapes, given_tree = _shapes(given)
+    shapes, tree = _shapes(expected)
+    problems = [f"missing {path}" for path in shapes if path not in given_shapes]
+    for path, shape in given_shapes.items():
+        if path not in shapes:
+            problems.append(f"unexpected {path}")
+        elif shape not in (None, shapes[path]):
+            problems.append(f"{path} has shape {shape}, expected {shapes[path]}")
+    if not problems and given_tree != tree:
+        problems.append(f"got {given_tree}, expected {tree}")
+    if problems:
+        raise ValueError(
+            f"`{name}` must have the structure and shapes of {like}: "
+            + "; ".join(problems)
+        )
+
+
+def _shapes(tree: Any) -> tuple[dict[str, tuple[int, ...] | None], Any]:
+    leaves, structure = tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    shapes = {
+        keystr(path) or "the root": None if leaf is None else np.shape(leaf)
+        for path, leaf in leaves
+    }
+    return shapes, structure
+
+
+def same_state(state: Any, expected: Any) -> None:
+    """Check that a state is of the expected type, or of the types of another state."""
+    got, wanted = _type_names(state), _type_names(expected)
+    if got != wanted:
+        raise ValueError(
+            f"`state` must come from this transform's own init: expected {wanted}, got "
+            f"{got}; call init again after changing an option"
+        )
+
+
+def _type_names(state: Any) -> str:
+    if type(state) is tuple:
+        return f"({', '.join(map(_type_names, state))})"
+    return (state if isinstance(state, type) else type(state)).__name__

@@ -1,0 +1,82 @@
+"""Real arithmetic that stays finite, and keeps finite derivatives, in every dtype.
+
+How XLA's CPU backend compiles these formulas decided their form (`benchmarks/step.py`
+measures it): `jnp.minimum`, `jnp.clip` and `lax.clamp` cost three times the whole step
+where a select is free; and a held gradient shared by the state and the update is
+written out to memory, which doubles the step. So each use holds large values for
+itself: `cap` after squaring, `hold` before dividing.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+
+def largest(dtype: DTypeLike) -> float:
+    """Half the root of the largest finite number: four such squares do not overflow."""
+    return math.sqrt(float(jnp.finfo(dtype).max)) / 2
+
+
+def hold(x: jax.Array, limit: float) -> jax.Array:
+    """Hold |x| at `limit`; but NaN stays NaN, and infinity becomes NaN, in sight."""
+    return jnp.where(x > limit, limit, jnp.where(x < -limit, -limit, x)) + 0 * x
+
+
+def cap(square: jax.Array) -> jax.Array:
+    """Hold a square at the square of `largest`, also one that overflowed."""
+    limit = largest(square.dtype) ** 2
+    return jnp.where(square > limit, limit, square)
+
+
+def divide(
+    g: jax.Array, moment: jax.Array, eps: ArrayLike, eps_in_sqrt: bool
+) -> jax.Array:
+    """g / (√moment + eps), or g / √(moment + eps); 0/0 is 0.
+
+    A second epsilon (1e-35 in float32) keeps the root's derivative and the quotient
+    finite at 0. It is lost in the rounding of every moment above 1e-27.
+    """
+    tiny = float(jnp.finfo(moment.dtype).tiny) * 2**10
+    eps = jnp.asarray(eps, moment.dtype)
+    if eps_in_sqrt:
+        denominator = jnp.sqrt(moment + (eps + tiny))
+    else:
+        denominator = jnp.sqrt(moment + tiny) + eps
+    return hold(g, largest(g.dtype)) / denominator
+
+
+def accumulator_dtype_of(leaf: ArrayLike, real: DTypeLike | None = None) -> jnp.dtype:
+    """The dtype in which to average a leaf: its own but at least float32, or `real`.
+
+    A complex leaf has a complex average, its two parts in `real`.
+    """
+    dtype = jnp.result_type(leaf)
+    if real is None:
+        info = jnp.finfo(dtype)
+        real = info.dtype if info.bits >= 32 else jnp.float32
+    is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+    return jnp.result_type(real, jnp.complex64) if is_complex else jnp.dtype(real)
+
+
+def cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
+    """Convert to `dtype`, holding finite values within its range."""
+    x = jnp.asarray(x)
+    if x.dtype == dtype:
+        return x
+    limit = float(jnp.finfo(dtype).max)
+    if limit < float(jnp.finfo(x.dtype).max):
+        x = by_parts(lambda part: hold(part, limit), x)
+    return x.astype(dtype)
+
+
+def by_parts(formula: Callable[..., jax.Array], *leaves: Any) -> jax.Array:
+    """Apply a formula for real numbers; if complex, to either part by itself."""
+    if not jnp.iscomplexobj(leaves[0]):
+        return formula(*leaves)
+    real = formula(*(leaf.real for leaf in leaves))
+    imag = formula(*(leaf.imag for leaf in leaves))
+    return jax.lax.complex(real, imag)

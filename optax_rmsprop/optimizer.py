@@ -1,0 +1,237 @@
+"""RMSprop: the averaging transforms, momentum and weight decay in one chain."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_rmsprop import _checks
+from optax_rmsprop._numerics import accumulator_dtype_of, cast
+from optax_rmsprop.transforms import scale_by_rms, scale_by_stddev
+
+
+def rmsprop(
+    learning_rate: optax.ScalarOrSchedule = 1e-2,
+    decay: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    *,
+    momentum: ArrayLike | None = None,
+    nesterov: bool = False,
+    centered: bool = False,
+    weight_decay: ArrayLike | None = None,
+    decoupled_weight_decay: bool = False,
+    weight_decay_mask: Any = None,
+    initial_scale: ArrayLike = 0.0,
+    eps_in_sqrt: bool = False,
+    lr_in_momentum: bool = False,
+    bias_correction: bool = False,
+    maximize: bool = False,
+    accumulator_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """RMSprop with torch's numbers and defaults.
+
+        g <- -g                                 if maximize
+        g <- g + weight_decay * p               if weight_decay
+        u  = g / (√nu + eps)                    scale_by_rms (scale_by_stddev: centered)
+        b <- momentum * b + u                   if momentum; nesterov: u + momentum * b
+        p <- p - learning_rate * b
+
+    with lr_in_momentum (TensorFlow, Keras, optax)
+
+        b <- momentum * b + learning_rate * u
+        p <- p - b
+
+    and with decoupled_weight_decay, learning_rate * weight_decay * p is subtracted from
+    p instead, and enters neither nu nor b.
+
+    Every number may also be a traced 0-d array: a grid of settings runs under one
+    `jax.vmap`, and `optax.inject_hyperparams(rmsprop)` schedules any of them. A number
+    that is None or a Python 0 switches its part off, at no cost; an array never does.
+
+    Args:
+      learning_rate: step length in the parameter's unit, in [0, ∞), or an optax
+        schedule from the number of updates made to one. torch: `lr`.
+      decay: weight of the old average, in [0, 1), in (0, 1) if centered; it remembers
+        about 1/(1 - decay) updates. torch: `alpha`; Keras: `rho`.
+      eps: added to the root, in [0, ∞), in the gradient's unit. Keras: `epsilon`.
+      momentum: weight of the old step, in [0, 1). None is 0.
+      nesterov: whether to look ahead: u + momentum * b in place of b. Not in torch.
+      centered: whether to divide by the standard deviation, not the root mean square.
+        Wants a large eps: see `scale_by_stddev`.
+      weight_decay: factor of the parameter added to the gradient (L2), in [0, ∞). None
+        is 0.
+      decoupled_weight_decay: whether to apply it to the parameter, as AdamW and Keras
+        do.
+      weight_decay_mask: a tree of booleans with the parameters' structure or a prefix
+        of it, or a function from the parameters to one; weights decay where it is True.
+      initial_scale: average before the first update, in [0, ∞); 1 in TensorFlow 1 and
+        timm's RMSpropTF.
+      eps_in_sqrt: whether eps goes under the root, in the square of the gradient's
+        unit; True in TensorFlow, Keras and timm's RMSpropTF.
+      lr_in_momentum: whether the momentum buffer holds scaled steps. It makes no
+        difference while the learning rate is constant.
+      bias_correction: whether to correct the averages for their start at 0, as Adam
+        does.
+      maximize: whether to ascend.
+      accumulator_dtype: dtype of the state, float32 or (in 64-bit mode) float64. By
+        default that of the parameter, but at least float32.
+
+    Returns:
+      A transformation whose updates keep the gradient's shape and dtype, for
+      `optax.apply_updates`. Its state is that of an `optax.chain`; read it with
+      `optax.tree.get(state, "nu")`, or "mu", "var", "trace". Parameters must be passed
+      to update where weight_decay is used.
+
+    Raises:
+      TypeError: a number or option of the wrong kind; parameters that are not floating
+        point or complex.
+      ValueError: a number out of its range; options that exclude each other; updates,
+        parameters or a state that do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_rmsprop
+      >>> tx = optax_rmsprop.rmsprop(learning_rate=0.1, decay=0.75)
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> updates, state = tx.update({"w": jnp.array([3.0, -3.0])}, tx.init(params))
+      >>> optax.apply_updates(params, updates)["w"]
+      Array([0.8, 2.2], dtype=float32)
+
+    Differs from `torch.optim.RMSprop`:
+
+      1. Names: lr is `learning_rate`, alpha is `decay`. Execution options (foreach,
+         capturable, differentiable) have no counterpart: jit and grad always apply.
+      2. The centered state holds the variance `var` in place of square_avg, and never
+         becomes NaN; for this and the rest, see the head of `transforms.py`.
+      3. Momentum is refused at 1 and above, decay too; torch accepts both.
+
+    Differs from `optax.rmsprop`: torch's defaults, eps outside the root, learning rate
+    outside the momentum buffer, and weight decay.
+
+    References:
+      torch/optim/rmsprop.py (2.13.0), `_single_tensor_rmsprop`.
+      Hinton, Neural Networks for Machine Learning, lecture 6e, 2012.
+    """
+    if not callable(learning_rate):
+        learning_rate = _checks.number("learning_rate", learning_rate)
+    momentum = _checks.number("momentum", 0.0 if momentum is None else momentum, high=1)
+    weight_decay = _checks.number(
+        "weight_decay", 0.0 if weight_decay is None else weight_decay
+    )
+    _checks.flags(
+        nesterov=nesterov,
+        centered=centered,
+        decoupled_weight_decay=decoupled_weight_decay,
+        lr_in_momentum=lr_in_momentum,
+        maximize=maximize,
+    )
+    has_momentum, decays = (
+        not _checks.is_off(momentum),
+        not _checks.is_off(weight_decay),
+    )
+    if nesterov and not has_momentum:
+        raise ValueError("`nesterov` must be False without momentum, got True")
+    scale_by = scale_by_stddev if centered else scale_by_rms
+    rescale = scale_by(
+        decay,
+        eps,
+        initial_scale=initial_scale,
+        eps_in_sqrt=eps_in_sqrt,
+        bias_correction=bias_correction,
+        accumulator_dtype=accumulator_dtype,
+    )
+
+    def chain(mask: Any) -> optax.GradientTransformationExtraArgs:
+        transforms = []
+        if maximize:
+            transforms.append(optax.scale(-1.0))
+        if decays and not decoupled_weight_decay:
+            transforms.append(optax.add_decayed_weights(weight_decay, mask))
+        transforms.append(rescale)
+        if lr_in_momentum:
+            transforms.append(
+                optax.scale_by_learning_rate(learning_rate, flip_sign=False)
+            )
+        if has_momentum:
+            transforms.append(optax.trace(momentum, nesterov))
+        if decays and decoupled_weight_decay:
+            rate = weight_decay
+            if lr_in_momentum:  # the learning rate has been applied already
+                rate = _product(weight_decay, learning_rate)
+            transforms.append(optax.add_decayed_weights(rate, mask))
+        if lr_in_momentum:
+            transforms.append(optax.scale(-1.0))
+        else:
+            transforms.append(optax.scale_by_learning_rate(learning_rate))
+        return optax.chain(*transforms)
+
+    # Only its types matter, and a user's mask cannot be called on an empty tree.
+    any_mask = None if weight_decay_mask is None else lambda tree: tree
+    example_state = functools.cache(lambda: jax.eval_shape(chain(any_mask).init, ()))
+
+    def check(updates: optax.Updates, state: Any, params: optax.Params | None) -> None:
+        _checks.same_state(state, example_state())
+        if decays and params is None:
+            raise ValueError(
+                "`params` must be given to update for weight_decay, got None; call "
+                "update(grads, state, params)"
+            )
+        if decays:
+            _checks.same_tree("updates", updates, "`params`", params)
+
+    return _accumulating(chain(weight_decay_mask), check, accumulator_dtype)
+
+
+def _product(
+    factor: ArrayLike, learning_rate: optax.ScalarOrSchedule
+) -> optax.ScalarOrSchedule:
+    if callable(learning_rate):
+        return lambda count: factor * learning_rate(count)
+    return factor * learning_rate
+
+
+def _accumulating(
+    tx: optax.GradientTransformationExtraArgs,
+    check: Callable[[optax.Updates, optax.OptState, optax.Params | None], None],
+    accumulator_dtype: DTypeLike | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Run a chain in the dtype of its accumulators, between gradients of any dtype.
+
+    The state keeps its structure and dtypes, whatever the gradients' dtypes are and
+    where a gradient is None. By itself optax.trace would keep neither.
+    """
+
+    def wide(leaf: Any) -> jax.Array:
+        return cast(leaf, accumulator_dtype_of(leaf, accumulator_dtype))
+
+    def wide_slot(slot: jax.Array) -> jax.Array:
+        return wide(slot) if jnp.issubdtype(slot.dtype, jnp.inexact) else slot
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return jax.tree.map(wide_slot, tx.init(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        check(updates, state, params)
+        wide_updates, new_state = tx.update(
+            jax.tree.map(wide, updates), state, jax.tree.map(wide, params), **extra_args
+        )
+        new_updates = jax.tree.map(
+            lambda u, g: cast(u, jnp.result_type(g)), wide_updates, updates
+        )
+        new_state = jax.tree.map(
+            lambda new, old: old if new is None else cast(new, old.dtype),
+            new_state,
+            state,
+            is_leaf=lambda x: x is None,
+        )
+        return new_updates, new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,359 @@
+"""The two denominators of RMSprop: root mean square, and standard deviation.
+
+Where these differ from torch, optax, Keras and TensorFlow:
+
+1. The centered variance is averaged itself. They average g² and subtract the squared
+   mean: the same number in exact arithmetic, but it rounds below zero, and its root to
+   NaN, once the gradient hardly changes.
+2. Averages are kept in at least float32, for float16 and bfloat16 parameters too.
+3. A gradient beyond half the root of the largest finite number (9e18 in float32) is
+   held there, so that its square is finite and its step keeps its bound.
+4. 0/0 is 0, also with eps=0, and its derivative is finite.
+5. Bias correction is a schedule of the decay, not a division of the state.
+6. Real and imaginary parts are separate numbers (as in torch; optax averages |g|²).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
+
+from optax_rmsprop import _checks
+from optax_rmsprop._numerics import (
+    accumulator_dtype_of,
+    by_parts,
+    cap,
+    cast,
+    divide,
+    hold,
+    largest,
+)
+
+
+class ScaleByRmsState(NamedTuple):
+    """State of `scale_by_rms`.
+
+    Attributes:
+      count: int32 scalar, the number of updates made (torch's `step`).
+      nu: average of g², with the structure and shapes of the parameters (torch's
+        `square_avg`). A complex leaf holds the average of its real part's square and,
+        as imaginary part, that of its imaginary part's square.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+    nu: optax.Updates
+
+
+class ScaleByStddevState(NamedTuple):
+    """State of `scale_by_stddev`.
+
+    Attributes:
+      count: int32 scalar, the number of updates made (torch's `step`).
+      mu: average of g, with the structure and shapes of the parameters (torch's
+        `grad_avg`).
+      var: variance of g about `mu`, likewise (torch's `square_avg - grad_avg²`).
+        Complex leaves as in `ScaleByRmsState.nu`.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+    mu: optax.Updates
+    var: optax.Updates
+
+
+# The recurrences, with d = decay and a = 1 - decay. Each new value is made of its own
+# old value and of NEW values of other slots only: with g - mu_old in both mean and
+# variance, as textbooks have it, XLA on CPU copies whole arrays and the step takes 2.2
+# times as long.
+
+
+def _next_nu(d: jax.Array, a: jax.Array, nu: jax.Array, g: jax.Array) -> jax.Array:
+    return d * nu + a * cap(g * g)
+
+
+def _next_mu(d: jax.Array, a: jax.Array, mu: jax.Array, g: jax.Array) -> jax.Array:
+    # Holding g instead of a*g would share hold(g) with the update: see _numerics.
+    return d * mu + hold(a * g, largest(g.dtype))
+
+
+def _next_var(
+    d: jax.Array, a: jax.Array, var: jax.Array, g: jax.Array, mu: jax.Array
+) -> jax.Array:
+    # d is 0 in the first bias-corrected update; then mu = g and the variance is 0.
+    return d * var + a * cap(1 / jnp.where(d > 0, d, 1) * (g - mu) ** 2)
+
+
+def scale_by_rms(
+    decay: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    *,
+    initial_scale: ArrayLike = 0.0,
+    eps_in_sqrt: bool = False,
+    bias_correction: bool = False,
+    accumulator_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Divide gradients by the root of their averaged square.
+
+        nu <- decay * nu + (1 - decay) * g²
+        u   = g / (√nu + eps)               with eps_in_sqrt: g / √(nu + eps)
+
+    A coordinate with gradients of constant size comes out with magnitude 1, whatever
+    that size; one that spikes, at most 1/√(1 - decay). With bias_correction, step t
+    uses (1 - decay)/(1 - decayᵗ) in place of 1 - decay: the first update is then ±1.
+
+    Args:
+      decay: weight of the old average, in [0, 1); it remembers about 1/(1 - decay)
+        updates. torch: `alpha`; Keras: `rho`.
+      eps: added to the root, in [0, ∞), in the unit of the gradient. With eps_in_sqrt
+        it is added to the square, in the square of that unit. torch: `eps`; Keras:
+        `epsilon`.
+      initial_scale: `nu` before the first update, in [0, ∞). torch and Keras start at
+        0, TensorFlow 1 and timm's RMSpropTF at 1.
+      eps_in_sqrt: whether eps goes under the root, as in TensorFlow, Keras and timm's
+        RMSpropTF.
+      bias_correction: whether to correct the average for its start at 0, as Adam does.
+      accumulator_dtype: dtype of `nu`, float32 or (in 64-bit mode) float64. By default
+        that of the parameter, but at least float32.
+
+    Returns:
+      A transformation whose state is `ScaleByRmsState`. Updates keep the gradient's
+      shape and dtype. A gradient that is None leaves its part of the state as it is.
+
+    Raises:
+      TypeError: a number or option of the wrong kind; parameters that are not floating
+        point or complex.
+      ValueError: a number out of its range; initial_scale with bias_correction; an
+        unsupported accumulator_dtype; updates or a state that do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_rmsprop
+      >>> tx = optax_rmsprop.scale_by_rms(decay=0.75)
+      >>> g = jnp.array([1e-3, 1e3])
+      >>> updates, state = tx.update(g, tx.init(g))
+      >>> updates  # 1/√(1 - decay), but for eps
+      Array([1.99996, 2.     ], dtype=float32)
+
+    Differs from `optax.scale_by_rms`: torch's defaults (optax has decay=0.9 and eps
+    under the root); the state always has `count`; and see the head of this module.
+
+    References:
+      Hinton, Neural Networks for Machine Learning, lecture 6e, 2012.
+      torch/optim/rmsprop.py (2.13.0), `_single_tensor_rmsprop`.
+    """
+    decay = _checks.number("decay", decay, high=1, hint=" (torch calls it alpha)")
+    eps, initial_scale = _check_shared(
+        eps, initial_scale, eps_in_sqrt, bias_correction, accumulator_dtype
+    )
+
+    def init_fn(params: optax.Params) -> ScaleByRmsState:
+        nu = _average_like(params, initial_scale, accumulator_dtype)
+        return ScaleByRmsState(jnp.zeros([], jnp.int32), nu)
+
+    def update_fn(
+        updates: optax.Updates, state: ScaleByRmsState, params: Any = None
+    ) -> tuple[optax.Updates, ScaleByRmsState]:
+        del params
+        _checks.same_state(state, ScaleByRmsState)
+        _checks.same_tree("updates", updates, "the parameters given to init", state.nu)
+        count = optax.safe_increment(state.count)
+        weights = _averaging_weights(decay, count, bias_correction)
+        nu = _advance(_next_nu, weights, state.nu, updates)
+        updates = _rescale(updates, nu, eps, eps_in_sqrt)
+        return updates, ScaleByRmsState(count, nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def scale_by_stddev(
+    decay: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-8,
+    *,
+    initial_scale: ArrayLike = 0.0,
+    eps_in_sqrt: bool = False,
+    bias_correction: bool = False,
+    accumulator_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Divide gradients by their averaged standard deviation ("centered" RMSprop).
+
+        mu  <- decay * mu + (1 - decay) * g
+        var <- decay * var + (1 - decay)/decay * (g - mu)²      mu is the new mean
+        u    = g / (√var + eps)             with eps_in_sqrt: g / √(var + eps)
+
+    `var` equals torch's `square_avg - grad_avg²` in exact arithmetic, and cannot become
+    negative. A steady gradient has no variance: its denominator tends to eps and its
+    step grows towards g/eps. Choose eps large, as DQN did with 0.01. In float32 the
+    mean comes to rest within |g| * 6e-8/(1 - decay) of the gradient, which bounds √var
+    from below. With bias_correction the first update is g/eps, for the same reason.
+
+    Args:
+      decay: weight of the old averages, in (0, 1); they remember about 1/(1 - decay)
+        updates. torch: `alpha`; Keras: `rho`; in the DQN paper "gradient momentum" and
+        "squared gradient momentum".
+      eps: added to the root, in [0, ∞), in the unit of the gradient. With eps_in_sqrt
+        it is added to the variance, in the square of that unit.
+      initial_scale: `var` before the first update, in [0, ∞). `mu` starts at 0.
+      eps_in_sqrt: whether eps goes under the root, as in TensorFlow, Keras, DQN and
+        timm's RMSpropTF.
+      bias_correction: whether to correct both averages for their start at 0.
+      accumulator_dtype: dtype of `mu` and `var`, float32 or (in 64-bit mode) float64.
+        By default that of the parameter, but at least float32.
+
+    Returns:
+      A transformation whose state is `ScaleByStddevState`. Updates keep the gradient's
+      shape and dtype. A gradient that is None leaves its part of the state as it is.
+
+    Raises:
+      TypeError, ValueError: as `scale_by_rms`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_rmsprop
+      >>> tx = optax_rmsprop.scale_by_stddev(decay=0.5, eps=0)
+      >>> g = jnp.array([1e-3, 1e3])
+      >>> updates, state = tx.update(g, tx.init(g))
+      >>> updates  # 1/√(decay * (1 - decay))
+      Array([2., 2.], dtype=float32)
+
+    Differs from `optax.scale_by_stddev`: torch's defaults (optax has decay=0.9 and eps
+    under the root); the state has `count` and `var` in place of `nu`; and see the head
+    of this module.
+
+    References:
+      Graves, Generating Sequences With Recurrent Neural Networks, arXiv:1308.0850,
+        eq. 38-45.
+      torch/optim/rmsprop.py (2.13.0), `_single_tensor_rmsprop`.
+    """
+    why = " (torch calls it alpha); at 0 the mean is the gradient and the variance 0"
+    decay = _checks.number("decay", decay, high=1, zero=False, hint=why)
+    eps, initial_scale = _check_shared(
+        eps, initial_scale, eps_in_sqrt, bias_correction, accumulator_dtype
+    )
+
+    def init_fn(params: optax.Params) -> ScaleByStddevState:
+        mu = _average_like(params, 0.0, accumulator_dtype)
+        var = _average_like(params, initial_scale, accumulator_dtype)
+        return ScaleByStddevState(jnp.zeros([], jnp.int32), mu, var)
+
+    def update_fn(
+        updates: optax.Updates, state: ScaleByStddevState, params: Any = None
+    ) -> tuple[optax.Updates, ScaleByStddevState]:
+        del params
+        _checks.same_state(state, ScaleByStddevState)
+        _checks.same_tree("updates", updates, "the parameters given to init", state.var)
+        count = optax.safe_increment(state.count)
+        weights = _averaging_weights(decay, count, bias_correction)
+        mu = _advance(_next_mu, weights, state.mu, updates)
+        var = _advance(_next_var, weights, state.var, updates, mu)
+        updates = _rescale(updates, var, eps, eps_in_sqrt)
+        return updates, ScaleByStddevState(count, mu, var)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _check_shared(
+    eps: ArrayLike,
+    initial_scale: ArrayLike,
+    eps_in_sqrt: bool,
+    bias_correction: bool,
+    accumulator_dtype: DTypeLike | None,
+) -> tuple[ArrayLike, ArrayLike]:
+    eps = _checks.number("eps", eps)
+    initial_scale = _checks.number("initial_scale", initial_scale)
+    _checks.flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
+    _checks.real_dtype("accumulator_dtype", accumulator_dtype)
+    traced = isinstance(initial_scale, Tracer)
+    if bias_correction and not traced and initial_scale != 0:
+        raise ValueError(
+            f"`initial_scale` must be 0 with bias_correction, got {initial_scale}; "
+            "the correction takes the initial value out again: choose one of them"
+        )
+    return eps, initial_scale
+
+
+def _average_like(
+    params: optax.Params, value: ArrayLike, accumulator_dtype: DTypeLike | None
+) -> optax.Updates:
+    _checks.inexact(params)
+
+    def leaf(p: Any) -> jax.Array:
+        dtype = accumulator_dtype_of(p, accumulator_dtype)
+        both_parts = 1 + 1j if jnp.issubdtype(dtype, jnp.complexfloating) else 1
+        return jnp.full_like(p, value * both_parts, dtype)
+
+    return jax.tree.map(leaf, params)
+
+
+def _averaging_weights(
+    decay: ArrayLike, count: jax.Array, bias_correction: bool
+) -> tuple[ArrayLike, ArrayLike]:
+    """The weights (d, a) of the old average and of the new value at update `count`.
+
+    They are decay and 1 - decay, the latter formed before it is rounded to the state's
+    dtype: 1 - float32(0.999) is off by 1e-5. Bias correction at update t makes them
+    a = (1 - decay)/(1 - decayᵗ) and d = 1 - a, without the digits that 1 - decayᵗ and
+    1 - a would cancel.
+    """
+    a = 1 - decay
+    if not bias_correction:
+        return decay, a
+    wide = jax.dtypes.canonicalize_dtype(jnp.float64)
+    decay, a, t = (jnp.asarray(x, wide) for x in (decay, a, count))
+    below_1 = 1 - float(jnp.finfo(wide).eps)  # where log(decay) is finite at decay = 0
+    log_decay = jnp.log1p(-jnp.where(a < below_1, a, below_1))
+    total = -jnp.expm1(t * log_decay)
+    return decay * -jnp.expm1((t - 1) * log_decay) / total, a / total
+
+
+def _advance(
+    recurrence: Callable[..., jax.Array],
+    weights: tuple[ArrayLike, ArrayLike],
+    slot: optax.Updates,
+    updates: optax.Updates,
+    *newer: optax.Updates,
+) -> optax.Updates:
+    """Apply a recurrence to every leaf of a slot; one without gradient stays."""
+
+    def leaf(g: Any, old: jax.Array, *newer: jax.Array) -> jax.Array:
+        return old if g is None else _advance_leaf(recurrence, weights, old, g, *newer)
+
+    return jax.tree.map(leaf, updates, slot, *newer, is_leaf=lambda x: x is None)
+
+
+def _rescale(
+    updates: optax.Updates, moment: optax.Updates, eps: ArrayLike, eps_in_sqrt: bool
+) -> optax.Updates:
+    """Divide every gradient by its denominator, and keep its dtype."""
+
+    def leaf(g: Any, moment: jax.Array) -> jax.Array | None:
+        return None if g is None else _rescale_leaf(g, moment, eps, eps_in_sqrt)
+
+    return jax.tree.map(leaf, updates, moment, is_leaf=lambda x: x is None)
+
+
+# Compiled by themselves where update is not: one call a leaf instead of a dozen. Under
+# an outer jit they are inlined, traced once for all leaves of a shape.
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _advance_leaf(
+    recurrence: Callable[..., jax.Array],
+    weights: tuple[ArrayLike, ArrayLike],
+    old: jax.Array,
+    g: jax.Array,
+    *newer: jax.Array,
+) -> jax.Array:
+    d, a = (jnp.asarray(w, jnp.finfo(old.dtype).dtype) for w in weights)
+    return by_parts(
+        functools.partial(recurrence, d, a), old, cast(g, old.dtype), *newer
+    )
+
+
+@functools.partial(jax.jit, static_argnums=3, inline=True)
+def _rescale_leaf(
+    g: jax.Array, moment: jax.Array, eps: ArrayLike, eps_in_sqrt: bool
+) -> jax.Array:
+    quotient = functools.partial(divide, eps=eps, eps_in_sqrt=eps_in_sqrt)
+    return cast(by_parts(quotient, cast(g, moment.dtype), moment), g.dtype)
