@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 
@@ -49,7 +50,7 @@ def divide(
     return hold(g, largest(g.dtype)) / denominator
 
 
-def accumulator_dtype_of(leaf: ArrayLike, real: DTypeLike | None = None) -> jnp.dtype:
+def accumulator_dtype_of(leaf: ArrayLike, real: DTypeLike | None = None) -> np.dtype:
     """The dtype in which to average a leaf: its own but at least float32, or `real`.
 
     A complex leaf has a complex average, its two parts in `real`.
@@ -59,7 +60,7 @@ def accumulator_dtype_of(leaf: ArrayLike, real: DTypeLike | None = None) -> jnp.
         info = jnp.finfo(dtype)
         real = info.dtype if info.bits >= 32 else jnp.float32
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-    return jnp.result_type(real, jnp.complex64) if is_complex else jnp.dtype(real)
+    return np.result_type(real, np.complex64) if is_complex else np.dtype(real)
 
 
 def cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
