@@ -86,12 +86,17 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
     """Check that two trees agree in structure and shapes; a given leaf may be None."""
     given_shapes, given_tree = _shapes(given)
     shapes, tree = _shapes(expected)
-    problems = [f"missing {path}" for path in shapes if path not in given_shapes]
-    for path, shape in given_shapes.items():
-        if path not in shapes:
-            problems.append(f"unexpected {path}")
-        elif shape not in (None, shapes[path]):
-            problems.append(f"{path} has shape {shape}, expected {shapes[path]}")
+    missing = [path for path in shapes if path not in given_shapes]
+    unexpected = [path for path in given_shapes if path not in shapes]
+    problems = [
+        f"{path} has shape {shape}, expected {shapes[path]}"
+        for path, shape in given_shapes.items()
+        if path in shapes and shape not in (None, shapes[path])
+    ]
+    if missing:
+        problems.append(f"missing {', '.join(missing)}")
+    if unexpected:
+        problems.append(f"unexpected {', '.join(unexpected)}")
     if not problems and given_tree != tree:
         problems.append(f"got {given_tree}, expected {tree}")
     if problems:

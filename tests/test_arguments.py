@@ -1,0 +1,210 @@
+"""Bad input: an error that names the argument, the rule, the value and the remedy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_rmsprop import rmsprop, scale_by_rms, scale_by_stddev
+
+# Arguments, error, what its text must match.
+BAD = [
+    ({"learning_rate": -0.1}, ValueError, r"`learning_rate` .* \[0, inf\), got -0\.1"),
+    ({"learning_rate": np.nan}, ValueError, r"`learning_rate` .* got nan"),
+    ({"learning_rate": np.inf}, ValueError, r"`learning_rate` .* got inf"),
+    ({"learning_rate": None}, TypeError, r"`learning_rate` must be a number"),
+    ({"learning_rate": "0.1"}, TypeError, r"`learning_rate` .* got '0\.1'"),
+    ({"decay": 1.5}, ValueError, r"`decay` .* \[0, 1\), got 1\.5 \(torch .* alpha\)"),
+    ({"decay": 1}, ValueError, r"`decay` .* \[0, 1\), got 1"),
+    ({"decay": -0.1}, ValueError, r"`decay` .* \[0, 1\), got -0\.1"),
+    ({"decay": np.nan}, ValueError, r"`decay` .* got nan"),
+    ({"decay": 0, "centered": True}, ValueError, r"`decay` .* \(0, 1\), .*variance 0"),
+    ({"decay": jnp.float32(2)}, ValueError, r"`decay` .* got 2"),
+    ({"decay": jnp.ones(3)}, TypeError, r"`decay` .* shape \(3,\); use jax\.vmap"),
+    ({"decay": jnp.bfloat16(0.9)}, TypeError, r"`decay` .* hyperparam_dtype"),
+    ({"decay": 0.9 + 0j}, TypeError, r"`decay` must be a number"),
+    ({"decay": True}, TypeError, r"`decay` .* got True"),
+    ({"eps": -1e-8}, ValueError, r"`eps` .* got -1e-08"),
+    ({"eps": np.nan}, ValueError, r"`eps` .* got nan"),
+    ({"momentum": -0.9}, ValueError, r"`momentum` .* \[0, 1\), got -0\.9"),
+    ({"momentum": 1.0}, ValueError, r"`momentum` .* \[0, 1\), got 1"),
+    ({"momentum": np.nan}, ValueError, r"`momentum` .* got nan"),
+    ({"weight_decay": -1.0}, ValueError, r"`weight_decay` .* got -1"),
+    ({"weight_decay": np.nan}, ValueError, r"`weight_decay` .* got nan"),
+    ({"weight_decay": lambda t: t}, TypeError, r"(?s)`weight_decay` .*; .*inject"),
+    ({"initial_scale": -1.0}, ValueError, r"`initial_scale` .* got -1"),
+    ({"initial_scale": np.nan}, ValueError, r"`initial_scale` .* got nan"),
+    (
+        {"initial_scale": 1.0, "bias_correction": True},
+        ValueError,
+        r"`initial_scale` must be 0 with bias_correction, got 1\.0; .* choose one",
+    ),
+    ({"nesterov": True}, ValueError, r"`nesterov` .* momentum"),
+    ({"nesterov": True, "momentum": 0}, ValueError, r"`nesterov` .* momentum"),
+    ({"centered": 1}, TypeError, r"`centered` must be True or False, got 1"),
+    ({"maximize": None}, TypeError, r"`maximize` must be True or False"),
+    ({"eps_in_sqrt": "no"}, TypeError, r"`eps_in_sqrt` must be True or False"),
+    ({"bias_correction": 0.0}, TypeError, r"`bias_correction` must be True or False"),
+    ({"accumulator_dtype": "bfloat16"}, ValueError, r"`accumulator_dtype` .* bfloat16"),
+    ({"accumulator_dtype": "float64"}, ValueError, r"float64 .*jax_enable_x64"),
+    ({"accumulator_dtype": "int32"}, ValueError, r"`accumulator_dtype` .* int32"),
+    ({"accumulator_dtype": "float33"}, TypeError, r"float33"),
+    ({"alpha": 0.9}, TypeError, r"alpha"),
+]
+
+
+def row_id(row):
+    """The options, without the address of a function."""
+    return "-".join(f"{k}={v!r}"[:40].split(" at 0x")[0] for k, v in row[0].items())
+
+
+@pytest.mark.parametrize(("options", "error", "text"), BAD, ids=map(row_id, BAD))
+def test_bad_arguments_raise_at_construction(options, error, text):
+    with pytest.raises(error, match=text):
+        rmsprop(**options)
+
+
+SHARED = {"decay", "eps", "initial_scale", "eps_in_sqrt", "bias_correction"}
+BAD_SHARED = [row for row in BAD if row[0].keys() <= SHARED | {"accumulator_dtype"}]
+
+
+@pytest.mark.parametrize("scale_by", [scale_by_rms, scale_by_stddev])
+@pytest.mark.parametrize(
+    ("options", "error", "text"), BAD_SHARED, ids=map(row_id, BAD_SHARED)
+)
+def test_bad_arguments_of_the_transforms(scale_by, options, error, text):
+    if scale_by is scale_by_stddev:
+        text = text.replace(r"\[0, 1\)", r"\(0, 1\)")
+    with pytest.raises(error, match=text):
+        scale_by(**options)
+
+
+@pytest.mark.parametrize("number", [0.5, np.float32(0.5), np.array(0.5), 0])
+def test_every_kind_of_number_is_accepted(number):
+    tx = rmsprop(number, number, number, momentum=number, weight_decay=number)
+    params = jnp.ones(2)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates.dtype == jnp.float32
+
+
+def test_traced_values_are_not_checked():
+    def first_update(learning_rate):
+        tx = rmsprop(learning_rate)
+        return tx.update(jnp.ones(()), tx.init(jnp.ones(())))[0]
+
+    assert jax.jit(first_update)(-1.0) > 0
+
+
+def test_none_is_0():
+    params = jnp.ones(2)
+    zero = rmsprop(momentum=0.0, weight_decay=0.0)
+    none = rmsprop(momentum=None, weight_decay=None)
+    structures = [jax.tree.structure(tx.init(params)) for tx in (zero, none, rmsprop())]
+    assert structures[0] == structures[1] == structures[2]
+
+
+TRANSFORMS = {
+    "scale_by_rms": scale_by_rms(),
+    "scale_by_stddev": scale_by_stddev(),
+    "rmsprop": rmsprop(momentum=0.9),
+}
+PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+
+# A tree that does not match, and what is said of it.
+MISMATCHED = [
+    ({"w": jnp.ones((2, 3))}, r"missing \['b'\]"),
+    (PARAMS | {"c": jnp.ones(3)}, r"unexpected \['c'\]"),
+    (
+        PARAMS | {"w": jnp.ones((3, 2))},
+        r"\['w'\] has shape \(3, 2\), expected \(2, 3\)",
+    ),
+    (PARAMS | {"b": jnp.ones(())}, r"\['b'\] has shape \(\), expected \(3,\)"),
+    (
+        {"w": jnp.ones(1), "c": jnp.ones(3)},
+        r"\['w'\].*; missing .*'b'.*; unexpected .*c",
+    ),
+    (jnp.ones(3), r"missing \['b'\], \['w'\]; unexpected the root"),
+]
+mismatched = pytest.mark.parametrize(
+    ("gradients", "text"), MISMATCHED, ids=[row[1] for row in MISMATCHED]
+)
+
+
+@mismatched
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_gradients_that_do_not_match_the_state(name, gradients, text):
+    tx = TRANSFORMS[name]
+    text = r"`updates` must have .* of the parameters given to init: " + text
+    with pytest.raises(ValueError, match=text):
+        tx.update(gradients, tx.init(PARAMS))
+
+
+@mismatched
+def test_gradients_that_do_not_match_the_parameters(gradients, text):
+    tx = rmsprop(weight_decay=0.1)
+    with pytest.raises(
+        ValueError, match=r"`updates` must have .* of `params`: " + text
+    ):
+        tx.update(gradients, tx.init(gradients), PARAMS)
+
+
+def test_containers_that_do_not_match():
+    tx = scale_by_rms()
+    with pytest.raises(
+        ValueError, match=r"`updates` .*: got PyTreeDef\(\(.*, expected"
+    ):
+        tx.update((jnp.ones(2),), tx.init([jnp.ones(2)]))
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weight_decay_needs_parameters(decoupled):
+    tx = rmsprop(weight_decay=0.1, decoupled_weight_decay=decoupled)
+    with pytest.raises(
+        ValueError, match=r"`params` .* weight_decay, got None; call upd"
+    ):
+        tx.update(PARAMS, tx.init(PARAMS))
+
+
+# Options whose states differ in a slot or in its place. Those that only change what is
+# computed, such as maximize, leave states that are alike.
+CONFIGURATIONS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "centered": {"centered": True},
+    "L2": {"weight_decay": 0.1},
+    "masked L2": {"weight_decay": 0.1, "weight_decay_mask": {"w": True, "b": False}},
+    "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "lr in momentum": {"lr_in_momentum": True, "momentum": 0.9},
+    "schedule": {"learning_rate": lambda count: 0.1},
+}
+
+
+@pytest.mark.parametrize("there", CONFIGURATIONS)
+@pytest.mark.parametrize("here", CONFIGURATIONS)
+def test_a_state_from_another_configuration(here, there):
+    tx = rmsprop(**CONFIGURATIONS[here])
+    state = rmsprop(**CONFIGURATIONS[there]).init(PARAMS)
+    if here == there:
+        assert tx.update(PARAMS, state, PARAMS)[0]["w"].shape == (2, 3)
+    else:
+        with pytest.raises(ValueError, match=r"`state` .* expected \(.*, got \(.*init"):
+            tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("name", ["scale_by_rms", "scale_by_stddev"])
+@pytest.mark.parametrize("state", [optax.EmptyState(), (), None])
+def test_a_foreign_state_for_a_transform(name, state):
+    with pytest.raises(
+        ValueError, match=r"`state` must come from this transform's own"
+    ):
+        TRANSFORMS[name].update(PARAMS, state)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+def test_parameters_that_are_not_floating_point(name, dtype):
+    params = {"layer": [jnp.ones(2), jnp.ones(2, dtype)]}
+    text = rf"`params` .* got {dtype} at \['layer'\]\[1\]; .* optax\.masked"
+    with pytest.raises(TypeError, match=text):
+        TRANSFORMS[name].init(params)

@@ -1,0 +1,251 @@
+"""Finite gradients give finite, and right, numbers: in every dtype, for ever.
+
+Exact arithmetic is `reference.rmsprop` in float64, on the gradients as rounded.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optax_rmsprop import rmsprop, scale_by_rms, scale_by_stddev
+
+REAL = ["float16", "bfloat16", "float32", "float64"]
+ALL = [*REAL, "complex64", "complex128"]
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def train(tx, gradients):
+    """The updates after every gradient, and the last state."""
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    params = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), gradients)
+    carry = (params, tx.init(params))
+    (_, state), updates = jax.jit(lambda c, g: jax.lax.scan(step, c, g))(
+        carry, gradients
+    )
+    return updates, state
+
+
+def exact_updates(gradients, **options):
+    """Steps of the reference on the same gradients, which must not depend on params."""
+    gradients = np.asarray(gradients.astype(jnp.float64))
+    params = np.zeros_like(gradients[0])
+    path = [p for p, _ in reference.rmsprop(params, gradients, **options)]
+    return np.diff(path, axis=0, prepend=params[None])
+
+
+def error(updates, exact):
+    """The largest difference, relative to the exact value."""
+    return np.max(np.abs(np.asarray(updates, np.float64) / exact - 1))
+
+
+def is_finite(tree):
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))
+
+
+def nearly_constant(noise, dtype):
+    rng = np.random.default_rng(0)
+    sizes = np.array([1.0, -0.3, 2.9])
+    return jnp.asarray(sizes * (1 + noise * rng.normal(size=(4000, 3))), dtype)
+
+
+# The relative noise and an eps that matters beside the deviation it makes.
+@pytest.mark.parametrize(
+    ("noise", "eps"), [(0.0, 1e-2), (1e-6, 1e-2), (1e-4, 1e-2), (0.03, 1e-8)]
+)
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.999])
+@pytest.mark.parametrize("dtype", REAL)
+def test_centered_on_nearly_constant_gradients_is_exact(dtype, decay, noise, eps):
+    gradients = nearly_constant(noise, dtype)
+    options = {"decay": decay, "eps": eps, "centered": True}
+    updates, state = train(rmsprop(**options), gradients)
+    assert is_finite(state)
+    assert error(updates, exact_updates(gradients, **options)) <= 0.01
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+def test_a_subtracted_variance_is_negative_on_the_same_gradients(decay):
+    d, a = np.float32(decay), np.float32(1 - decay)
+    v = m = np.zeros(3, np.float32)
+    least = np.inf
+    for g in np.asarray(nearly_constant(1e-4, "float32")):
+        v, m = d * v + a * g * g, d * m + a * g
+        least = min(least, np.min(v - m * m))
+    assert least < 0  # torch, optax, Keras and TensorFlow take its root: NaN
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("eps_in_sqrt", [False, True])
+@pytest.mark.parametrize("scale_by", [scale_by_rms, scale_by_stddev])
+def test_zero_over_zero_is_zero(scale_by, eps_in_sqrt, bias_correction, dtype):
+    tx = scale_by(eps=0.0, eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
+    updates, state = train(tx, jnp.zeros((3, 2), dtype))
+    assert np.all(np.asarray(updates) == 0)
+    assert is_finite(state)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_spike_is_bounded_and_forgotten(centered, decay, dtype):
+    # The held spike's root, 9e18 * sqrt(1 - decay), takes 2 log(9e18) memories to fade.
+    steps = int(100 / (1 - decay))
+    gradients = jnp.ones((steps, 1), dtype).at[20].set(3e25)
+    gradients = gradients.at[1::2].multiply(-1)  # centered: a deviation to measure
+    lr = 1e-2
+    tx = rmsprop(lr, decay, centered=centered)
+    updates, state = train(tx, gradients)
+    size = np.abs(np.asarray(updates, np.complex128)).ravel()
+    bound = lr / np.sqrt(1 - decay)
+    assert is_finite(state)
+    assert is_finite(updates)
+    assert bound * 0.99 <= size[20] <= bound * 1.01
+    assert size[21] < 1e-15
+    np.testing.assert_allclose(size[-1], lr, rtol=0.1)
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("decay", [0.01, 0.5, 0.9, 0.9999])
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("scale_by", [scale_by_rms, scale_by_stddev])
+def test_the_largest_numbers_stay_finite(scale_by, bias_correction, decay, dtype):
+    largest = float(jnp.finfo(dtype).max)
+    signs = np.where(np.arange(300) // 50 % 2, -1.0, 1.0)
+    gradients = np.stack([signs, np.abs(signs), signs * (np.arange(300) % 7 == 0)], 1)
+    gradients = jnp.asarray(gradients, dtype) * jnp.asarray(largest, dtype)
+    updates, state = train(scale_by(decay, bias_correction=bias_correction), gradients)
+    assert is_finite(state)
+    assert is_finite(updates)
+
+
+@pytest.mark.parametrize("size", [1e-5, 300.0])
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("centered", [False, True])
+def test_float16_gradients_follow_exact_arithmetic(size, decay, momentum, centered):
+    rng = np.random.default_rng(1)
+    gradients = jnp.asarray(size * rng.uniform(-1, 1, (500, 4)), jnp.float16)
+    options = {"decay": decay, "momentum": momentum, "centered": centered, "eps": 1e-8}
+    updates, _ = train(rmsprop(**options), gradients)
+    exact = exact_updates(gradients, **options)
+    # A float16 holds 11 bits, and steps below 6e-5 fewer.
+    np.testing.assert_allclose(updates, exact, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_parameters_keep_a_true_second_moment(dtype):
+    rng = np.random.default_rng(2)
+    gradients = jnp.asarray(rng.normal(size=(4000, 16)), dtype)
+    _, state = train(rmsprop(decay=0.999), gradients)
+    *_, (_, exact) = reference.rmsprop(
+        np.zeros(16), np.asarray(gradients, np.float64), decay=0.999
+    )
+    np.testing.assert_allclose(optax.tree.get(state, "nu"), exact["nu"], rtol=0.02)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("options", [{}, {"centered": True, "momentum": 0.9}], ids=str)
+@pytest.mark.parametrize("dtype", REAL)
+def test_a_gradient_that_is_not_finite_shows(dtype, options, bad):
+    gradients = jnp.ones((3, 2), dtype).at[1, 0].set(bad)
+    updates, _ = train(rmsprop(**options), gradients)
+    shows = np.isnan(np.asarray(updates, np.float64))
+    assert shows[1, 0]
+    assert not shows[0].any()
+    assert not shows[:, 1].any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_momentum_and_clipping_do_not_hide_it_either(bad):
+    tx = optax.chain(optax.clip_by_global_norm(1.0), rmsprop(momentum=0.9))
+    updates, _ = train(tx, jnp.ones((2, 2)).at[1, 0].set(bad))
+    assert np.isnan(updates[1]).any()
+
+
+# Properties. Hyperparameters are arrays, so that one compilation serves all examples.
+
+repeatable = settings(derandomize=True, deadline=None, max_examples=40)
+fractions = st.floats(0, 1, width=32)
+SHAPES = {"scalar": (), "empty": (0, 3), "matrix": (2, 3)}
+STEPS = 5
+RTOL = {"float32": 3e-4, "float64": 1e-12}  # observed: 7e-5, 1e-13
+
+
+@functools.partial(jax.jit, static_argnames=("centered", "eps_in_sqrt"))
+def train_any(gradients, hyperparameters, centered, eps_in_sqrt):
+    tx = rmsprop(**hyperparameters, centered=centered, eps_in_sqrt=eps_in_sqrt)
+    return train(tx, gradients)
+
+
+def random_gradients(seed, low, high, dtype):
+    """Every element of its own size, from 10**low to 10**high, and some zeros."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(shape):
+        sizes = rng.choice([0, 1, 1, 1], (STEPS, *shape)) * 10.0 ** rng.uniform(
+            low, high, (STEPS, *shape)
+        )
+        most = float(jnp.finfo(dtype).max)
+        values = np.clip(sizes * rng.normal(size=(STEPS, *shape)), -most, most)
+        return jnp.asarray(values, dtype)
+
+    return {name: leaf(shape) for name, shape in SHAPES.items()}
+
+
+@repeatable
+@given(
+    dtype=st.sampled_from(ALL),
+    centered=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+    decay=fractions.filter(lambda x: x < 1),
+    momentum=fractions.filter(lambda x: x < 1),
+    eps=st.sampled_from([0.0, 1e-30, 1e-8, 1e-2]),
+    initial_scale=st.sampled_from([0.0, 1e-30, 1.0, 1e30]),
+)
+def test_anything_finite_stays_finite(dtype, centered, seed, **hyperparameters):
+    gradients = random_gradients(seed, -30, 30, dtype)
+    hyperparameters = {k: jnp.float32(v) for k, v in hyperparameters.items()}
+    with jax.numpy_dtype_promotion("standard"):  # float32 arrays on float64 leaves
+        updates, state = train_any(gradients, hyperparameters, centered, False)
+    assert is_finite(updates)
+    assert is_finite(state)
+
+
+@repeatable
+@given(
+    dtype=st.sampled_from(["float32", "float64"]),
+    centered=st.booleans(),
+    eps_in_sqrt=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.integers(-12, 12),
+    decay=st.sampled_from([0.5, 0.9, 0.99]),
+    momentum=st.sampled_from([0.0, 0.9]),
+    eps=st.sampled_from([1e-20, 1e-8, 1e-2]),
+)
+def test_gradients_of_any_scale_follow_exact_arithmetic(
+    dtype, centered, eps_in_sqrt, seed, scale, **hyperparameters
+):
+    gradients = random_gradients(seed, scale - 1, scale, dtype)
+    arrays = {k: jnp.asarray(v, dtype) for k, v in hyperparameters.items()}
+    updates, _ = train_any(gradients, arrays, centered, eps_in_sqrt)
+    for name in ("scalar", "matrix"):
+        exact = exact_updates(
+            gradients[name],
+            **hyperparameters,
+            centered=centered,
+            eps_in_sqrt=eps_in_sqrt,
+        )
+        np.testing.assert_allclose(updates[name], exact, rtol=RTOL[dtype])
