@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
 from runs import problem, run_torch
 
 FILE = Path(__file__).parent / "golden" / "torch.json"

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from record_golden import CASES, FILE, KEPT, STEPS, kept, record, recorded_run
 from runs import run_ours
 

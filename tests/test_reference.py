@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from runs import problem, run_ours
 
+import reference
 from optax_rmsprop import rmsprop, scale_by_rms, scale_by_stddev
+from runs import problem, run_ours
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from runs import problem, relative_difference, run_optax, run_ours, run_torch
 
 import optax_rmsprop
+from runs import problem, relative_difference, run_optax, run_ours, run_torch
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("x64")

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reference
 from optax_rmsprop import rmsprop, scale_by_rms, scale_by_stddev
 
 REAL = ["float16", "bfloat16", "float32", "float64"]

@@ -1,0 +1,91 @@
+"""What the documents show holds: Python blocks, docstring examples, links."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import optax_rmsprop
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], key=str)
+PAGES += [ROOT / "benchmarks" / "README.md"]
+MODULES = [
+    importlib.import_module(f"optax_rmsprop.{module.name}")
+    for module in pkgutil.iter_modules(optax_rmsprop.__path__)
+]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_run(page):
+    for code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), {})
+
+
+def test_the_readme_has_a_python_block():
+    assert blocks(ROOT / "README.md", "python")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_the_readme_starts_with_the_main_job_and_the_tests():
+    job, tests = blocks(ROOT / "README.md", "bash")[:2]
+    assert job == 'pip install -e ".[examples]" && python examples/digits.py\n'
+    assert tests == 'pip install -e ".[test]" && pytest\n'
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_docstring_examples(module):
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    public = [getattr(module, name, None) for name in ("rmsprop", "scale_by_stddev")]
+    if any(f is not None and f.__module__ == module.__name__ for f in public):
+        assert result.attempted > 0
+
+
+PUBLIC = [
+    optax_rmsprop.rmsprop,
+    optax_rmsprop.scale_by_rms,
+    optax_rmsprop.scale_by_stddev,
+]
+
+
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda function: function.__name__)
+def test_every_argument_is_explained(function):
+    text = inspect.getdoc(function)
+    explained = re.findall(r"^  (\w+): ", text.split("\nArgs:\n")[1], re.M)
+    arguments = list(inspect.signature(function).parameters)
+    assert explained[: len(arguments)] == arguments
+    sections = re.findall(r"^(Args|Returns|Raises|Example|References):", text, re.M)
+    assert sections == ["Args", "Returns", "Raises", "Example", "References"]
+
+
+def test_public_names():
+    names = {name for name in vars(optax_rmsprop) if not name.startswith("_")}
+    assert names - {"optimizer", "transforms"} == {
+        "ScaleByRmsState",
+        "ScaleByStddevState",
+        "add_decayed_weights",
+        "rmsprop",
+        "scale_by_rms",
+        "scale_by_stddev",
+        "trace",
+    }
+
+
+def test_the_changelog_knows_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [{optax_rmsprop.__version__}]" in text or "## [Unreleased]" in text
