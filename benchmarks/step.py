@@ -1,0 +1,320 @@
+"""Time one step of optax_rmsprop, optax.rmsprop and torch.optim.RMSprop.
+
+A JAX step is one jitted update and apply with donated parameters and state; a torch
+step is `optimizer.step()`, foreach and single-tensor. All compute the same numbers, and
+the run fails if they do not. Each round compiles the programs and allocates the buffers
+anew, every other round in reverse: of two copies of one program, the one built first
+may be 5 % faster, or slower. Then the competitors take turns in random order.
+
+A ratio is our time / theirs in the same turn, its median over the turns of a round. The
+table has the median over rounds and, in brackets, the least and the greatest. The last
+column is the bandwidth of our step as a fraction of that of a plain copy.
+"""
+
+import argparse
+import datetime
+import functools
+import gc
+import json
+import os
+import pathlib
+import platform
+import random
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import optax
+
+import optax_rmsprop
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+LEAVES = {
+    "1x32M": (1, 32_000_000),
+    "160x150k": (160, 150_000),
+    "1000x1000": (1000, 1000),
+}
+QUICK_LEAVES = {"1x1M": (1, 1_000_000), "16x15k": (16, 15_000), "100x100": (100, 100)}
+OPTIONS = {
+    "plain": {"centered": False, "momentum": 0.0},
+    "centered+momentum": {"centered": True, "momentum": 0.9},
+}
+HYPERPARAMETERS = 1e-2, 0.99, 1e-8  # learning rate, decay, eps
+WARM_UP = 3
+AGREEMENT = 1e-3  # between parameters of size 10; seen: 4e-5 after 280 steps
+# The ratios that --check accepts.
+LIMITS = {
+    "optax": {"1x32M": 1.05, "160x150k": 1.05, "1000x1000": 1.05},
+    "torch foreach": {"1x32M": 0.75, "160x150k": 0.75},
+}
+TABLE_HEAD = """\
+leaves | options | ours, ms | to optax | to torch foreach | to torch single | \
+build ours / optax, s | bandwidth
+---|---|---|---|---|---|---|---"""
+
+
+class JaxSteps:
+    """Compiles an optax transform's update and apply, and runs it."""
+
+    def __init__(self, transform, params, gradient_sets):
+        def step(params, state, grads):
+            updates, state = transform.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.params = jax.tree.map(jnp.copy, params)
+        self.state = transform.init(self.params)
+        self.gradient_sets = gradient_sets
+        self.step = jax.jit(step, donate_argnums=(0, 1))
+        start = time.perf_counter()
+        lowered = self.step.lower(self.params, self.state, gradient_sets[0])
+        middle = time.perf_counter()
+        # Calls of `self.step` find this program, and are faster than calls of its own.
+        lowered.compile()
+        end = time.perf_counter()
+        self.build_s = {"lower": middle - start, "compile": end - middle}
+
+    def use(self, gradient_set):
+        self.grads = self.gradient_sets[gradient_set]
+
+    def run(self):
+        self.params, self.state = self.step(self.params, self.state, self.grads)
+
+    def wait(self):
+        jax.block_until_ready((self.params, self.state))
+
+
+class TorchSteps:
+    """Runs torch's optimizer on the same numbers."""
+
+    def __init__(self, foreach, options, params, gradient_sets, device):
+        self.params = [torch.tensor(p, device=device) for p in params]
+        self.gradient_sets = gradient_sets
+        self.run = torch.optim.RMSprop(
+            self.params, *HYPERPARAMETERS, foreach=foreach, **options
+        ).step
+        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def use(self, gradient_set):
+        for p, g in zip(self.params, self.gradient_sets[gradient_set], strict=True):
+            p.grad = g
+
+
+def torch_device():
+    """Where torch competes: on the device of JAX, or not at all (None)."""
+    backend = jax.default_backend()
+    if torch is None or backend == "cpu":
+        return torch and "cpu"
+    return "cuda" if backend == "gpu" and torch.cuda.is_available() else None
+
+
+def builders(count, size, options):
+    """A function for each competitor that builds it anew, on the same random numbers.
+
+    With g and -g no element's variance collapses, which would end in NaN for torch and
+    optax, and in the slow arithmetic of subnormal numbers.
+    """
+    rng = np.random.default_rng(0)
+    params, g, h = (
+        [rng.standard_normal(size, np.float32) for _ in range(count)] for _ in range(3)
+    )
+    gradient_sets = [g, [-x for x in g], h]
+    in_jax = params, jax.tree.map(jnp.array, gradient_sets)
+    ours = optax_rmsprop.rmsprop(*HYPERPARAMETERS, **options)
+    in_optax = dict(options, momentum=options["momentum"] or None, eps_in_sqrt=False)
+    theirs = optax.rmsprop(*HYPERPARAMETERS, **in_optax)
+    # p + -2p reads and writes every element once, of one array of the same size.
+    negation = optax.stateless(lambda g, p: [-2 * p[0]])
+    whole = [np.ones(count * size, np.float32)], [()] * 3
+    build = {
+        "ours": lambda: JaxSteps(ours, *in_jax),
+        "optax": lambda: JaxSteps(theirs, *in_jax),
+        "copy": lambda: JaxSteps(negation, *whole),
+    }
+    if device := torch_device():
+        move = functools.partial(torch.tensor, device=device)
+        in_torch = options, params, jax.tree.map(move, gradient_sets), device
+        build["torch foreach"] = lambda: TorchSteps(True, *in_torch)
+        build["torch single"] = lambda: TorchSteps(False, *in_torch)
+    return build
+
+
+def take_turns(competitors, reps, steps):
+    """Seconds a step of every competitor in each of `reps` turns, after a warm-up."""
+    seconds = {name: [] for name in competitors}
+    # A competitor leaves its mark on the next in turn (caches, threads that still
+    # spin). In random order it is not always the same one that suffers.
+    shuffle = random.Random(0).shuffle
+    turn = list(competitors)
+    gc.collect()
+    gc.disable()
+    for rep in range(-WARM_UP, reps):
+        shuffle(turn)
+        for name in turn:
+            competitor = competitors[name]
+            competitor.use(rep % 3)
+            competitor.wait()
+            start = time.perf_counter()
+            for _ in range(steps):
+                competitor.run()
+            competitor.wait()
+            if rep >= 0:
+                seconds[name].append((time.perf_counter() - start) / steps)
+    gc.enable()
+    return seconds
+
+
+def check_agreement(competitors):
+    ours = np.asarray(competitors["ours"].params[0])
+    for name in competitors.keys() - {"ours", "copy"}:
+        theirs = competitors[name].params[0]
+        theirs = np.asarray(theirs if name == "optax" else theirs.cpu())
+        worst = np.max(np.abs(theirs - ours))
+        if not worst < AGREEMENT:  # so that NaN fails too
+            raise RuntimeError(f"{name} and ours differ by {worst}, over {AGREEMENT}")
+
+
+def measure(build, rounds, reps, steps):
+    """The raw times of one row of the table, by round."""
+    results = []
+    for r in range(rounds):
+        jax.clear_caches()  # so that tracing starts from nothing in each round
+        order = list(build)[:: -1 if r % 2 else 1]
+        competitors = {name: build[name]() for name in order}
+        build_s = {name: competitors[name].build_s for name in ("ours", "optax")}
+        step_s = take_turns(competitors, reps, steps)
+        results.append({"build_s": build_s, "step_s": step_s})
+        check_agreement(competitors)
+        del competitors  # before the next round allocates
+    return results
+
+
+def summarize(rounds):
+    """Median, least and greatest over rounds, where a round has the median of turns."""
+
+    def spread(values):
+        return {f.__name__: f(values) for f in (statistics.median, min, max)}
+
+    seconds = {
+        n: np.array([r["step_s"][n] for r in rounds]) for n in rounds[0]["step_s"]
+    }
+    ratios = {n: np.median(seconds["ours"] / s, axis=1) for n, s in seconds.items()}
+    build_s = {
+        n: [sum(r["build_s"][n].values()) for r in rounds] for n in rounds[0]["build_s"]
+    }
+    return {
+        "step_s": {n: spread(np.median(s, axis=1)) for n, s in seconds.items()},
+        "ratio_to": {n: spread(ratio) for n, ratio in ratios.items()},
+        "build_s": {n: spread(s) for n, s in build_s.items()},
+    }
+
+
+def environment():
+    """What the times depend on."""
+    packages = jax, jaxlib, optax, optax_rmsprop, np, torch
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {p.__name__: str(p.__version__) for p in packages if p},
+        "device": jax.devices()[0].device_kind,
+        "torch_device": torch_device(),
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch and torch.get_num_threads(),
+        "load_average_at_start": os.getloadavg()[0],
+    }
+
+
+def table_line(name, row):
+    summary = row["summary"]
+    ratios, build = summary["ratio_to"], summary["build_s"]
+    cells = [*name.split(), f"{1e3 * summary['step_s']['ours']['median']:.2f}"]
+    for peer in ("optax", "torch foreach", "torch single"):
+        form = "{median:.2f} [{min:.2f}, {max:.2f}]" if peer in ratios else "-"
+        cells.append(form.format(**ratios.get(peer, {})))
+    cells.append(" / ".join(f"{build[n]['median']:.1f}" for n in ("ours", "optax")))
+    copies = row["bytes_per_parameter"] / 8  # a copy moves 8 bytes
+    return " | ".join([*cells, f"{copies / ratios['copy']['median']:.2f}"])
+
+
+def over_limits(name, row):
+    for peer, limits in LIMITS.items():
+        ratio = row["summary"]["ratio_to"][peer]["median"]
+        limit = limits.get(name.split()[0])
+        if limit and ratio > limit:
+            yield f"{name}: {ratio:.3f} of {peer}, over {limit}"
+
+
+def parse_arguments(backend):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="small leaves, 2 rounds of 3: to try it")
+    add("--rounds", type=int, help="rounds a row, even to favour no order (6)")
+    add("--reps", type=int, help="turns a round (25)")
+    names = f"{', '.join(LEAVES)} and {', '.join(OPTIONS)}"
+    help_ = f"only rows with one of these in their name, which is made of {names}"
+    add("--rows", nargs="+", default=[""], metavar="PART", help=help_)
+    path = pathlib.Path(__file__).parent / "results" / f"step-{backend}.json"
+    help_ = "JSON file for every time (results/step-BACKEND.json beside this script)"
+    add("--output", type=pathlib.Path, default=path, help=help_)
+    help_ = f"exit 1 if, on CPU, a ratio is over its limit: {LIMITS}"
+    add("--check", action="store_true", help=help_)
+    args = parser.parse_args()
+    if args.check and (args.quick or torch is None or backend != "cpu"):
+        parser.error("--check needs full sizes, torch, and JAX on the CPU")
+    args.rounds = args.rounds or (2 if args.quick else 6)
+    args.reps = args.reps or (3 if args.quick else 25)
+    leaves = QUICK_LEAVES if args.quick else LEAVES
+    rows = {
+        f"{s} {kind}": (*leaves[s], OPTIONS[kind]) for s in leaves for kind in OPTIONS
+    }
+    args.rows = {n: row for n, row in rows.items() if any(x in n for x in args.rows)}
+    if not args.rows:
+        parser.error(f"--rows must be in one of these names: {', '.join(rows)}")
+    return args
+
+
+def main():
+    backend = jax.default_backend()
+    args = parse_arguments(backend)
+    # Programs are compiled, not found on disk, so that the compile times are true.
+    jax.config.update("jax_enable_compilation_cache", False)
+    # A training loop does not wait for each step; on a GPU the wait would be timed.
+    steps = 1 if backend == "cpu" else 10
+    settings = {"rounds": args.rounds, "reps": args.reps, "steps_per_turn": steps}
+    report = {**environment(), **settings, "rows": {}}
+    if torch_device() is None:
+        print("torch is left out: it is missing, or not on the device of JAX")
+    print(TABLE_HEAD)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for name, (count, size, options) in args.rows.items():
+        build = builders(count, size, options)
+        rounds = measure(build, args.rounds, args.reps, steps)
+        slots = 1 + options["centered"] + bool(options["momentum"])
+        row = report["rows"][name] = {
+            "bytes_per_parameter": 4 * (2 * (1 + slots) + 1),  # g is only read
+            "summary": summarize(rounds),
+            "rounds": rounds,
+        }
+        print(table_line(name, row), flush=True)
+        failures += over_limits(name, row) if args.check else []
+        # After every row, so that a run cut short leaves its rows.
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"All times are in {args.output}", *failures, sep="\n")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
