@@ -296,6 +296,8 @@ def main():
     report = {**environment(), **settings, "rows": {}}
     if torch_device() is None:
         print("torch is left out: it is missing, or not on the device of JAX")
+    if report["load_average_at_start"] > 1:
+        print("the machine is busy (load average above 1), which torch suffers most")
     print(TABLE_HEAD)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     failures = []

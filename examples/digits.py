@@ -5,7 +5,7 @@
 
 ends with a line like
 
-    held-out accuracy 99.3% (447 of 450 digits), figure in examples/output/digits.png
+    held-out accuracy 99.6% (448 of 450 digits), figure in examples/output/digits.png
 
 Activation, decay, momentum and weight decay are EfficientNet's (arXiv:1905.11946).
 """
@@ -42,6 +42,7 @@ class Network(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         x = images[..., None]
         for conv in (self.conv1, self.conv2, self.conv3):
+            # Smooth: at a ReLU's kink, rounding would part this run from torch's.
             x = nnx.silu(conv(x))
         return self.dense(x.reshape(len(x), -1))
 

@@ -37,6 +37,7 @@ class Twin:
     def __init__(
         self, model: nnx.Module, schedule: optax.Schedule, options: argparse.Namespace
     ):
+        torch.set_num_threads(1)  # more would fight with JAX's over the cores
         self.network = Network()
         self.schedule = jax.jit(schedule)
         self.steps = 0

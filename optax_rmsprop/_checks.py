@@ -59,8 +59,16 @@ def flags(**options: Any) -> None:
             raise TypeError(f"`{name}` must be True or False, got {value!r}")
 
 
+# optax.inject_hyperparams takes functions and dtypes for schedules, and calls them.
+_INJECTED = "; with optax.inject_hyperparams name `{}` in its static_args"
+
+
 def real_dtype(name: str, dtype: Any) -> None:
     """Check the dtype of an accumulator: None, float32, or float64 in 64-bit mode."""
+    if isinstance(dtype, jax.Array | np.ndarray | np.generic):
+        raise TypeError(
+            f"`{name}` must be a dtype, got {dtype}" + _INJECTED.format(name)
+        )
     widest = jax.dtypes.canonicalize_dtype(jnp.float64).name
     allowed = ("float32",) if widest == "float32" else ("float32", "float64")
     if dtype is not None and jnp.dtype(dtype).name not in allowed:
@@ -69,6 +77,17 @@ def real_dtype(name: str, dtype: Any) -> None:
             f"{jnp.dtype(dtype).name}; an average in fewer bits stops moving, and "
             "float64 needs jax.config.update('jax_enable_x64', True)"
         )
+
+
+def mask(name: str, tree: Any) -> None:
+    """Check a mask: None, a function, or a tree of booleans, but not one alone."""
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        is_mask = isinstance(leaf, bool | np.bool_) if path else callable(leaf)
+        if not is_mask:
+            raise TypeError(
+                f"`{name}` must be a function or a tree of True and False, got {leaf} "
+                f"at {keystr(path) or 'the root'}" + _INJECTED.format(name)
+            )
 
 
 def inexact(params: Any) -> None:

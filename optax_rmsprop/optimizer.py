@@ -68,6 +68,7 @@ def rmsprop(
         do.
       weight_decay_mask: a tree of booleans with the parameters' structure or a prefix
         of it, or a function from the parameters to one; weights decay where it is True.
+        With `optax.inject_hyperparams`, name it (and accumulator_dtype) in static_args.
       initial_scale: average before the first update, in [0, ∞); 1 in TensorFlow 1 and
         timm's RMSpropTF.
       eps_in_sqrt: whether eps goes under the root, in the square of the gradient's
@@ -128,6 +129,7 @@ def rmsprop(
         lr_in_momentum=lr_in_momentum,
         maximize=maximize,
     )
+    _checks.mask("weight_decay_mask", weight_decay_mask)
     has_momentum, decays = (
         not _checks.is_off(momentum),
         not _checks.is_off(weight_decay),
@@ -174,6 +176,10 @@ def rmsprop(
 
     def check(updates: optax.Updates, state: Any, params: optax.Params | None) -> None:
         _checks.same_state(state, example_state())
+        for part in state:
+            if isinstance(part, optax.TraceState):
+                like = "the parameters given to init"
+                _checks.same_tree("updates", updates, like, part.trace)
         if decays and params is None:
             raise ValueError(
                 "`params` must be given to update for weight_decay, got None; call "

@@ -84,7 +84,8 @@ def _next_var(
     d: jax.Array, a: jax.Array, var: jax.Array, g: jax.Array, mu: jax.Array
 ) -> jax.Array:
     # d is 0 in the first bias-corrected update; then mu = g and the variance is 0.
-    return d * var + a * cap(1 / jnp.where(d > 0, d, 1) * (g - mu) ** 2)
+    delta = g - mu
+    return d * var + a * cap(cap(delta * delta) / jnp.where(d > 0, d, 1))
 
 
 def scale_by_rms(
@@ -242,7 +243,8 @@ def scale_by_stddev(
     ) -> tuple[optax.Updates, ScaleByStddevState]:
         del params
         _checks.same_state(state, ScaleByStddevState)
-        _checks.same_tree("updates", updates, "the parameters given to init", state.var)
+        for slot in (state.mu, state.var):
+            _checks.same_tree("updates", updates, "the parameters given to init", slot)
         count = optax.safe_increment(state.count)
         weights = _averaging_weights(decay, count, bias_correction)
         mu = _advance(_next_mu, weights, state.mu, updates)
@@ -304,7 +306,9 @@ def _averaging_weights(
     below_1 = 1 - float(jnp.finfo(wide).eps)  # where log(decay) is finite at decay = 0
     log_decay = jnp.log1p(-jnp.where(a < below_1, a, below_1))
     total = -jnp.expm1(t * log_decay)
-    return decay * -jnp.expm1((t - 1) * log_decay) / total, a / total
+    a = a / total
+    d = decay * -jnp.expm1((t - 1) * log_decay) / total
+    return d, jnp.where(a < 1, a, 1)  # at t = 1 not 1 + an ulp, so that mu = g
 
 
 def _advance(

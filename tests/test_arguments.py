@@ -50,6 +50,13 @@ BAD = [
     ({"accumulator_dtype": "float64"}, ValueError, r"float64 .*jax_enable_x64"),
     ({"accumulator_dtype": "int32"}, ValueError, r"`accumulator_dtype` .* int32"),
     ({"accumulator_dtype": "float33"}, TypeError, r"float33"),
+    (
+        {"accumulator_dtype": jnp.ones(())},
+        TypeError,
+        r"must be a dtype, .* static_args",
+    ),
+    ({"weight_decay_mask": {"w": 1}}, TypeError, r"mask` .* got 1 at \['w'\]"),
+    ({"weight_decay_mask": jnp.array(True)}, TypeError, r"mask` .* static_args"),
     ({"alpha": 0.9}, TypeError, r"alpha"),
 ]
 
@@ -155,6 +162,34 @@ def test_containers_that_do_not_match():
         ValueError, match=r"`updates` .*: got PyTreeDef\(\(.*, expected"
     ):
         tx.update((jnp.ones(2),), tx.init([jnp.ones(2)]))
+
+
+def test_gradients_that_match_only_one_slot():
+    tx = rmsprop(momentum=0.9, centered=True)
+    average, trace, rest = tx.init(PARAMS)
+    small = jax.tree.map(lambda leaf: leaf[:1], PARAMS)  # which would broadcast
+    for state in (
+        (average._replace(mu=small), trace, rest),
+        (average._replace(var=small), trace, rest),
+        (average, trace._replace(trace=small), rest),
+    ):
+        with pytest.raises(
+            ValueError, match=r"\['w'\] has shape \(2, 3\), expected \(1,"
+        ):
+            tx.update(PARAMS, state)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"weight_decay": 0.1, "weight_decay_mask": lambda tree: False},
+        {"accumulator_dtype": jnp.float32},
+    ],
+    ids=["mask", "dtype"],
+)
+def test_what_inject_hyperparams_takes_for_a_schedule_is_refused(option):
+    with pytest.raises(TypeError, match=r"must be .* static_args"):
+        optax.inject_hyperparams(rmsprop)(**option).init(PARAMS)
 
 
 @pytest.mark.parametrize("decoupled", [False, True])

@@ -14,7 +14,7 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 STEPS = 5
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}  # observed:
+TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}  # observed: 6e-7
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(32, 4)), jnp.float32)

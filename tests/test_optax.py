@@ -14,7 +14,7 @@ from jax import export
 import optax_rmsprop
 import reference
 from optax_rmsprop import rmsprop, scale_by_rms, scale_by_stddev
-from runs import problem
+from runs import ENTRIES, problem
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -26,7 +26,6 @@ FLOAT32_DECAY_TOLERANCE = 3e-5  # 1 - float32(0.999) is off by 1.3e-5; observed:
 
 # Every slot that an option can add, and an eps that matters to small gradients.
 OPTIONS = {"decay": 0.9, "eps": 1e-2, "momentum": 0.8, "weight_decay": 0.1}
-SLOTS = ("nu", "mu", "var", "trace")
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def by_reference(params, gradients, **options):
     }
     history = {name: np.stack([p for p, _ in run]) for name, run in runs.items()}
     last = {name: run[-1][1] for name, run in runs.items()}
-    return history, {slot: {k: v[slot] for k, v in last.items()} for slot in SLOTS}
+    return history, {slot: {k: v[slot] for k, v in last.items()} for slot in ENTRIES}
 
 
 def assert_close(actual, expected):
@@ -359,7 +358,7 @@ def test_tree_get(wrap, centered):
     _, state = train(wrap(functools.partial(rmsprop, **options)), params, gradients)
     _, averages = by_reference(params, gradients, **options)
     present = ("mu", "var", "trace") if centered else ("nu", "trace")
-    for slot in SLOTS:
+    for slot in ENTRIES:
         value = optax.tree.get(state, slot)
         if slot in present:
             assert_close(value, averages[slot])

@@ -131,6 +131,21 @@ def test_the_largest_numbers_stay_finite(scale_by, bias_correction, decay, dtype
     assert is_finite(updates)
 
 
+@pytest.mark.parametrize("decay", [1e-45, 1e-38, 1e-30])
+def test_next_to_no_memory_is_finite(decay):
+    updates, state = train(rmsprop(decay=decay, centered=True), jnp.ones((3, 1)))
+    assert is_finite(updates)
+    assert is_finite(state)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.95, 0.99, 0.999])
+def test_the_first_bias_corrected_gradient_has_no_variance(decay):
+    gradients = jnp.array([[1.0, 2.5, -1e-3]], jnp.float32)
+    tx = scale_by_stddev(decay, eps=1e-8, bias_correction=True)
+    updates, _ = train(tx, gradients)
+    np.testing.assert_allclose(updates, gradients / 1e-8, rtol=1e-6)
+
+
 @pytest.mark.parametrize("size", [1e-5, 300.0])
 @pytest.mark.parametrize("decay", [0.9, 0.99])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
