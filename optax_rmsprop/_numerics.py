@@ -22,14 +22,19 @@ def largest(dtype: DTypeLike) -> float:
     return math.sqrt(float(jnp.finfo(dtype).max)) / 2
 
 
+def clip(x: jax.Array, limit: float) -> jax.Array:
+    """Hold |x| at `limit`."""
+    return jnp.where(x > limit, limit, jnp.where(x < -limit, -limit, x))
+
+
 def hold(x: jax.Array, limit: float) -> jax.Array:
-    """Hold |x| at `limit`; but NaN stays NaN, and infinity becomes NaN, in sight."""
-    return jnp.where(x > limit, limit, jnp.where(x < -limit, -limit, x)) + 0 * x
+    """Hold |x| at `limit`, but turn infinity into NaN, so as not to hide it."""
+    return clip(x, limit) + 0 * x
 
 
-def cap(square: jax.Array) -> jax.Array:
-    """Hold a square at the square of `largest`, also one that overflowed."""
-    limit = largest(square.dtype) ** 2
+def cap(square: jax.Array, fraction: ArrayLike = 1) -> jax.Array:
+    """Hold a square at a fraction of the square of `largest`, even if it overflowed."""
+    limit = largest(square.dtype) ** 2 * fraction
     return jnp.where(square > limit, limit, square)
 
 

@@ -29,8 +29,8 @@ from optax_rmsprop._numerics import (
     by_parts,
     cap,
     cast,
+    clip,
     divide,
-    hold,
     largest,
 )
 
@@ -76,16 +76,16 @@ def _next_nu(d: jax.Array, a: jax.Array, nu: jax.Array, g: jax.Array) -> jax.Arr
 
 
 def _next_mu(d: jax.Array, a: jax.Array, mu: jax.Array, g: jax.Array) -> jax.Array:
-    # Holding g instead of a*g would share hold(g) with the update: see _numerics.
-    return d * mu + hold(a * g, largest(g.dtype))
+    # Holding g instead of a*g would share an expression with the update: see _numerics.
+    return d * mu + clip(a * g, largest(g.dtype))
 
 
 def _next_var(
     d: jax.Array, a: jax.Array, var: jax.Array, g: jax.Array, mu: jax.Array
 ) -> jax.Array:
-    # d is 0 in the first bias-corrected update; then mu = g and the variance is 0.
-    delta = g - mu
-    return d * var + a * cap(cap(delta * delta) / jnp.where(d > 0, d, 1))
+    # d is 0 in the first bias-corrected update, when mu = g and the variance is 0.
+    divisor = jnp.where(d > jnp.finfo(d.dtype).tiny, d, 1)
+    return d * var + a / divisor * cap((g - mu) ** 2, d)
 
 
 def scale_by_rms(
@@ -306,9 +306,7 @@ def _averaging_weights(
     below_1 = 1 - float(jnp.finfo(wide).eps)  # where log(decay) is finite at decay = 0
     log_decay = jnp.log1p(-jnp.where(a < below_1, a, below_1))
     total = -jnp.expm1(t * log_decay)
-    a = a / total
-    d = decay * -jnp.expm1((t - 1) * log_decay) / total
-    return d, jnp.where(a < 1, a, 1)  # at t = 1 not 1 + an ulp, so that mu = g
+    return decay * -jnp.expm1((t - 1) * log_decay) / total, a / total
 
 
 def _advance(
