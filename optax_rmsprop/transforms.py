@@ -84,8 +84,8 @@ def _next_var(
     d: jax.Array, a: jax.Array, var: jax.Array, g: jax.Array, mu: jax.Array
 ) -> jax.Array:
     # d is 0 in the first bias-corrected update, when mu = g and the variance is 0.
-    divisor = jnp.where(d > jnp.finfo(d.dtype).tiny, d, 1)
-    return d * var + a / divisor * cap((g - mu) ** 2, d)
+    above_0 = jnp.where(d > jnp.finfo(d.dtype).tiny, d, 1)
+    return d * var + a / above_0 * cap((g - mu) ** 2, above_0)
 
 
 def scale_by_rms(

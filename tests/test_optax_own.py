@@ -9,7 +9,6 @@ for they set JAX's options, and expect standard promotion and 8 devices.
 
 import functools
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -86,8 +85,8 @@ def run_module(name):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_optax_cases_pass(module):
-    if module.endswith("sharding_test") and importlib.util.find_spec(module) is None:
-        pytest.skip("optax 0.2.6 does not have it yet")
+    if module.endswith("sharding_test") and jax.__version_info__ < (0, 7, 2):
+        pytest.skip("this jax has no shardings in types")
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
