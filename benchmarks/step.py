@@ -313,7 +313,7 @@ def main():
         print(table_line(name, row), flush=True)
         failures += over_limits(name, row) if args.check else []
         # After every row, so that a run cut short leaves its rows.
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        args.output.write_text(json.dumps(report) + "\n")
     print(f"All times are in {args.output}", *failures, sep="\n")
     return bool(failures)
 

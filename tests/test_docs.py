@@ -3,8 +3,10 @@
 import doctest
 import importlib
 import inspect
+import json
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,16 @@ def test_public_names():
         "scale_by_stddev",
         "trace",
     }
+
+
+def test_the_benchmarks_page_quotes_the_record():
+    folder = ROOT / "benchmarks"
+    step = runpy.run_path(str(folder / "step.py"))
+    record = json.loads((folder / "results" / "step-cpu.json").read_text())
+    lines = [step["table_line"](*row) for row in record["rows"].items()]
+    table = "\n".join([step["TABLE_HEAD"], *lines])
+    assert len(lines) == 6
+    assert table in (folder / "README.md").read_text()
 
 
 def test_the_changelog_knows_this_version():
