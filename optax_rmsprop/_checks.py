@@ -44,6 +44,8 @@ def number(
         within = 0 <= value < high if zero else 0 < value < high
         if not within:
             raise ValueError(f"{rule}, got {value}{hint}")
+        if value > float(jnp.finfo(jnp.float32).max):
+            raise ValueError(f"{rule}, got {value}, which is infinite in float32")
     return value
 
 
@@ -69,13 +71,19 @@ def real_dtype(name: str, dtype: Any) -> None:
         raise TypeError(
             f"`{name}` must be a dtype, got {dtype}" + _INJECTED.format(name)
         )
-    widest = jax.dtypes.canonicalize_dtype(jnp.float64).name
-    allowed = ("float32",) if widest == "float32" else ("float32", "float64")
-    if dtype is not None and jnp.dtype(dtype).name not in allowed:
+    if dtype is None:
+        return
+    allowed = sorted({"float32", jax.dtypes.canonicalize_dtype(jnp.float64).name})
+    try:
+        given = jnp.dtype(dtype).name
+    except TypeError:
+        given = repr(dtype)
+    if given not in allowed:
+        why = "an average in fewer bits stops moving"
+        if given == "float64":
+            why = "jax.config.update('jax_enable_x64', True) allows it"
         raise ValueError(
-            f"`{name}` must be None or one of {', '.join(allowed)}, got "
-            f"{jnp.dtype(dtype).name}; an average in fewer bits stops moving, and "
-            "float64 needs jax.config.update('jax_enable_x64', True)"
+            f"`{name}` must be None or {' or '.join(allowed)}, got {given}; {why}"
         )
 
 
@@ -86,32 +94,49 @@ def mask(name: str, tree: Any) -> None:
         if not is_mask:
             raise TypeError(
                 f"`{name}` must be a function or a tree of True and False, got {leaf} "
-                f"at {keystr(path) or 'the root'}" + _INJECTED.format(name)
+                f"at {_at(path)}" + _INJECTED.format(name)
             )
 
 
-def inexact(params: Any) -> None:
+def inexact(name: str, leaf: Any, path: Any, *, remedy: str, real: bool) -> None:
+    """Check that a leaf is floating point or, unless `real`, complex."""
+    kind = jnp.floating if real else jnp.inexact
+    if jnp.issubdtype(jnp.result_type(leaf), kind):
+        return
+    raise TypeError(
+        f"`{name}` must be floating point{'' if real else ' or complex'}, got "
+        f"{jnp.result_type(leaf)} at {_at(path)}; {remedy}"
+    )
+
+
+def params(tree: Any) -> None:
     """Check that every parameter is floating point or complex."""
-    for path, leaf in tree_flatten_with_path(params)[0]:
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(
-                f"`params` must be floating point or complex, got {dtype} at "
-                f"{keystr(path) or 'the root'}; leave such leaves out with optax.masked"
-            )
+    remedy = "leave such leaves out with optax.masked"
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        inexact("params", leaf, path, remedy=remedy, real=False)
 
 
 def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
-    """Check that two trees agree in structure and shapes; a given leaf may be None."""
-    given_shapes, given_tree = _shapes(given)
-    shapes, tree = _shapes(expected)
-    missing = [path for path in shapes if path not in given_shapes]
-    unexpected = [path for path in given_shapes if path not in shapes]
-    problems = [
-        f"{path} has shape {shape}, expected {shapes[path]}"
-        for path, shape in given_shapes.items()
-        if path in shapes and shape not in (None, shapes[path])
-    ]
+    """Check that two trees agree in structure, shapes and in what is real.
+
+    A given leaf may be None, or real where a complex one is expected.
+    """
+    given_leaves, given_tree = _by_path(given)
+    leaves, tree = _by_path(expected)
+    missing = [_at(path) for path in leaves if path not in given_leaves]
+    unexpected = [_at(path) for path in given_leaves if path not in leaves]
+    in_both = [path for path in given_leaves if path in leaves]
+    problems = []
+    for path in in_both:
+        leaf, expected_leaf = given_leaves[path], leaves[path]
+        if leaf is not None and expected_leaf is not None:
+            real = not jnp.iscomplexobj(expected_leaf)
+            inexact(name, leaf, path, remedy=f"compare with {like}", real=real)
+            shape, expected_shape = np.shape(leaf), np.shape(expected_leaf)
+            if shape != expected_shape:
+                problems.append(
+                    f"{_at(path)} has shape {shape}, expected {expected_shape}"
+                )
     if missing:
         problems.append(f"missing {', '.join(missing)}")
     if unexpected:
@@ -125,13 +150,13 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
         )
 
 
-def _shapes(tree: Any) -> tuple[dict[str, tuple[int, ...] | None], Any]:
+def _at(path: Any) -> str:
+    return keystr(path) or "the root"
+
+
+def _by_path(tree: Any) -> tuple[dict[Any, Any], Any]:
     leaves, structure = tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
-    shapes = {
-        keystr(path) or "the root": None if leaf is None else np.shape(leaf)
-        for path, leaf in leaves
-    }
-    return shapes, structure
+    return dict(leaves), structure
 
 
 def same_state(state: Any, expected: Any) -> None:

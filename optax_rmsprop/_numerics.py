@@ -52,7 +52,22 @@ def divide(
         denominator = jnp.sqrt(moment + (eps + tiny))
     else:
         denominator = jnp.sqrt(moment + tiny) + eps
-    return hold(g, largest(g.dtype)) / denominator
+    return _quotient(hold(g, largest(g.dtype)), denominator)
+
+
+@jax.custom_jvp
+def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
+    return a / b
+
+
+@_quotient.defjvp
+def _quotient_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The rule of `/` but for its order: a * db overflows where a and b are huge."""
+    (a, b), (da, db) = primals, tangents
+    quotient = _quotient(a, b)
+    return quotient, da / b - quotient * (db / b)
 
 
 def accumulator_dtype_of(leaf: ArrayLike, real: DTypeLike | None = None) -> np.dtype:

@@ -1,6 +1,7 @@
 """RMSprop: the averaging transforms, momentum and weight decay in one chain."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ def rmsprop(
     momentum: ArrayLike | None = None,
     nesterov: bool = False,
     centered: bool = False,
-    weight_decay: ArrayLike | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
     decoupled_weight_decay: bool = False,
     weight_decay_mask: Any = None,
     initial_scale: ArrayLike = 0.0,
@@ -49,8 +50,9 @@ def rmsprop(
     p instead, and enters neither nu nor b.
 
     Every number may also be a traced 0-d array: a grid of settings runs under one
-    `jax.vmap`, and `optax.inject_hyperparams(rmsprop)` schedules any of them. A number
-    that is None or a Python 0 switches its part off, at no cost; an array never does.
+    `jax.vmap`, and `optax.inject_hyperparams(rmsprop)` schedules any of them. Without
+    momentum and weight_decay (None, or 0 in Python) there is no slot and no operation
+    for them; with a JAX array of 0 there is.
 
     Args:
       learning_rate: step length in the parameter's unit, in [0, ∞), or an optax
@@ -62,8 +64,8 @@ def rmsprop(
       nesterov: whether to look ahead: u + momentum * b in place of b. Not in torch.
       centered: whether to divide by the standard deviation, not the root mean square.
         Wants a large eps: see `scale_by_stddev`.
-      weight_decay: factor of the parameter added to the gradient (L2), in [0, ∞). None
-        is 0.
+      weight_decay: factor of the parameter added to the gradient (L2), in [0, ∞), or an
+        optax schedule of it. None is 0.
       decoupled_weight_decay: whether to apply it to the parameter, as AdamW and Keras
         do.
       weight_decay_mask: a tree of booleans with the parameters' structure or a prefix
@@ -119,9 +121,10 @@ def rmsprop(
     if not callable(learning_rate):
         learning_rate = _checks.number("learning_rate", learning_rate)
     momentum = _checks.number("momentum", 0.0 if momentum is None else momentum, high=1)
-    weight_decay = _checks.number(
-        "weight_decay", 0.0 if weight_decay is None else weight_decay
-    )
+    if not callable(weight_decay):
+        weight_decay = _checks.number(
+            "weight_decay", 0.0 if weight_decay is None else weight_decay
+        )
     _checks.flags(
         nesterov=nesterov,
         centered=centered,
@@ -191,12 +194,10 @@ def rmsprop(
     return _accumulating(chain(weight_decay_mask), check, accumulator_dtype)
 
 
-def _product(
-    factor: ArrayLike, learning_rate: optax.ScalarOrSchedule
-) -> optax.ScalarOrSchedule:
-    if callable(learning_rate):
-        return lambda count: factor * learning_rate(count)
-    return factor * learning_rate
+def _product(*factors: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    if any(map(callable, factors)):
+        return lambda count: math.prod(f(count) if callable(f) else f for f in factors)
+    return math.prod(factors)
 
 
 def _accumulating(
@@ -233,7 +234,7 @@ def _accumulating(
             lambda u, g: cast(u, jnp.result_type(g)), wide_updates, updates
         )
         new_state = jax.tree.map(
-            lambda new, old: old if new is None else cast(new, old.dtype),
+            lambda new, old: old if new is None else cast(new, jnp.result_type(old)),
             new_state,
             state,
             is_leaf=lambda x: x is None,

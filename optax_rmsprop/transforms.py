@@ -85,7 +85,8 @@ def _next_var(
 ) -> jax.Array:
     # d is 0 in the first bias-corrected update, when mu = g and the variance is 0.
     above_0 = jnp.where(d > jnp.finfo(d.dtype).tiny, d, 1)
-    return d * var + a / above_0 * cap((g - mu) ** 2, above_0)
+    deviation = g - mu
+    return d * var + a / above_0 * cap(deviation * deviation, above_0)
 
 
 def scale_by_rms(
@@ -278,7 +279,7 @@ def _check_shared(
 def _average_like(
     params: optax.Params, value: ArrayLike, accumulator_dtype: DTypeLike | None
 ) -> optax.Updates:
-    _checks.inexact(params)
+    _checks.params(params)
 
     def leaf(p: Any) -> jax.Array:
         dtype = accumulator_dtype_of(p, accumulator_dtype)

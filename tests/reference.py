@@ -23,18 +23,19 @@ def rmsprop(
 ):
     """Yield the parameters and every average after each of the gradients.
 
-    One array of parameters, not a tree. `learning_rate` is a number or a function of
-    the number of updates made. Exact where float64 is: the variance is averaged itself.
+    One array of parameters, not a tree. `learning_rate` and `weight_decay` are numbers
+    or functions of the number of updates made. Exact where float64 is: the variance is averaged itself.
     """
     p = np.array(params)
     nu, mu, b = np.full_like(p, initial_scale), np.zeros_like(p), np.zeros_like(p)
     var = nu.copy()
     for t, g in enumerate(gradients, start=1):
         lr = learning_rate(t - 1) if callable(learning_rate) else learning_rate
+        wd = weight_decay(t - 1) if callable(weight_decay) else weight_decay
         a = (1 - decay) / (1 - decay**t) if bias_correction else 1 - decay
         g = -g if maximize else g
         if not decoupled_weight_decay:
-            g = g + weight_decay * p
+            g = g + wd * p
         nu = (1 - a) * nu + a * g**2
         var = (1 - a) * (var + a * (g - mu) ** 2)
         mu = mu + a * (g - mu)
@@ -46,6 +47,6 @@ def rmsprop(
         step = u + momentum * b if nesterov else b
         step = step if lr_in_momentum else lr * step
         if decoupled_weight_decay:
-            step = step + lr * weight_decay * p
+            step = step + lr * wd * p
         p = p - step
         yield p, {"nu": nu, "mu": mu, "var": var, "trace": b}

@@ -24,6 +24,8 @@ BAD = [
     ({"decay": jnp.ones(3)}, TypeError, r"`decay` .* shape \(3,\); use jax\.vmap"),
     ({"decay": jnp.bfloat16(0.9)}, TypeError, r"`decay` .* hyperparam_dtype"),
     ({"decay": 0.9 + 0j}, TypeError, r"`decay` must be a number"),
+    ({"decay": jnp.complex64(0.9)}, TypeError, r"`decay` must be a number"),
+    ({"eps": 1e300}, ValueError, r"`eps` .* got 1e\+300, which is infinite in float32"),
     ({"decay": True}, TypeError, r"`decay` .* got True"),
     ({"eps": -1e-8}, ValueError, r"`eps` .* got -1e-08"),
     ({"eps": np.nan}, ValueError, r"`eps` .* got nan"),
@@ -32,7 +34,7 @@ BAD = [
     ({"momentum": np.nan}, ValueError, r"`momentum` .* got nan"),
     ({"weight_decay": -1.0}, ValueError, r"`weight_decay` .* got -1"),
     ({"weight_decay": np.nan}, ValueError, r"`weight_decay` .* got nan"),
-    ({"weight_decay": lambda t: t}, TypeError, r"(?s)`weight_decay` .*; .*inject"),
+    ({"momentum": lambda t: t}, TypeError, r"(?s)`momentum` .*; .*inject"),
     ({"initial_scale": -1.0}, ValueError, r"`initial_scale` .* got -1"),
     ({"initial_scale": np.nan}, ValueError, r"`initial_scale` .* got nan"),
     (
@@ -46,10 +48,13 @@ BAD = [
     ({"maximize": None}, TypeError, r"`maximize` must be True or False"),
     ({"eps_in_sqrt": "no"}, TypeError, r"`eps_in_sqrt` must be True or False"),
     ({"bias_correction": 0.0}, TypeError, r"`bias_correction` must be True or False"),
-    ({"accumulator_dtype": "bfloat16"}, ValueError, r"`accumulator_dtype` .* bfloat16"),
-    ({"accumulator_dtype": "float64"}, ValueError, r"float64 .*jax_enable_x64"),
+    ({"nesterov": 1, "momentum": 0.9}, TypeError, r"`nesterov` must be True or False"),
+    ({"lr_in_momentum": 1}, TypeError, r"`lr_in_momentum` must be True or False"),
+    ({"decoupled_weight_decay": 1}, TypeError, r"`decoupled_.*` must be True or False"),
+    ({"accumulator_dtype": "bfloat16"}, ValueError, r"got bfloat16; an average in few"),
+    ({"accumulator_dtype": "float64"}, ValueError, r"got float64; .*jax_enable_x64"),
     ({"accumulator_dtype": "int32"}, ValueError, r"`accumulator_dtype` .* int32"),
-    ({"accumulator_dtype": "float33"}, TypeError, r"float33"),
+    ({"accumulator_dtype": "float33"}, ValueError, r"None or float32, got 'float33'"),
     (
         {"accumulator_dtype": jnp.ones(())},
         TypeError,
@@ -89,7 +94,14 @@ def test_bad_arguments_of_the_transforms(scale_by, options, error, text):
 
 @pytest.mark.parametrize("number", [0.5, np.float32(0.5), np.array(0.5), 0])
 def test_every_kind_of_number_is_accepted(number):
-    tx = rmsprop(number, number, number, momentum=number, weight_decay=number)
+    tx = rmsprop(
+        number,
+        number,
+        number,
+        momentum=number,
+        weight_decay=number,
+        maximize=np.bool_(True),
+    )
     params = jnp.ones(2)
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates.dtype == jnp.float32
@@ -154,6 +166,16 @@ def test_gradients_that_do_not_match_the_parameters(gradients, text):
         ValueError, match=r"`updates` must have .* of `params`: " + text
     ):
         tx.update(gradients, tx.init(gradients), PARAMS)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_gradients_of_another_kind(name, dtype):
+    tx = TRANSFORMS[name]
+    bad = PARAMS | {"b": jnp.ones(3, dtype)}
+    text = rf"`updates` must be floating point, got {dtype} at \['b'\]; compare with"
+    with pytest.raises(TypeError, match=text):
+        tx.update(bad, tx.init(PARAMS))
 
 
 def test_containers_that_do_not_match():

@@ -109,6 +109,20 @@ def test_learning_rate_schedule(schedule, lr_in_momentum):
     assert_close(history, expected)
 
 
+@pytest.mark.parametrize("lr_in_momentum", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weight_decay_schedule(decoupled, lr_in_momentum):
+    params, gradients = arrays()
+    options = OPTIONS | {
+        "learning_rate": falling,
+        "weight_decay": lambda count: 20 * falling(count),
+        "decoupled_weight_decay": decoupled,
+        "lr_in_momentum": lr_in_momentum,
+    }
+    history, _ = train(rmsprop(**options), params, gradients)
+    assert_close(history, by_reference(params, gradients, **options)[0])
+
+
 def test_chain_after_clip_by_global_norm():
     params, gradients = arrays()
     squares = [np.square(g).reshape(STEPS, -1).sum(axis=1) for g in gradients.values()]
@@ -431,6 +445,17 @@ def test_export_and_back(serialized):
         leaves = exported.call(leaves, g)
     expected, _ = by_reference(params, gradients, **OPTIONS)
     assert_close(jax.tree.unflatten(tree, leaves)[0], by_step(expected)[-1])
+
+
+def test_a_state_of_float64_goes_on_without_64_bit_mode():
+    params, gradients = arrays()
+    _, state = train(rmsprop(**OPTIONS), params, gradients)
+    wide = jax.tree.map(np.asarray, state)
+    assert optax.tree.get(wide, "nu")["matrix"].dtype == np.float64
+    jax.config.update("jax_enable_x64", False)  # the fixture restores it
+    params, g = jax.tree.map(np.float32, (params, by_step(gradients)[0]))
+    _, state = rmsprop(**OPTIONS).update(g, wide, params)
+    assert optax.tree.get(state, "nu")["matrix"].dtype == np.float32
 
 
 def test_pickled_state_goes_on():

@@ -97,6 +97,29 @@ def test_zero_over_zero_is_zero(scale_by, eps_in_sqrt, bias_correction, dtype):
     assert is_finite(state)
 
 
+def test_the_second_epsilon_is_lost_in_larger_moments():
+    gradients = jnp.array([[1e-13, 1.0]], jnp.float32)  # squares of 1e-26 and 1
+    updates, _ = train(scale_by_rms(0.9, eps=0.0), gradients)
+    np.testing.assert_allclose(updates, [[1 / np.sqrt(0.1)] * 2], rtol=3e-7)
+
+
+@pytest.mark.parametrize("derivatives", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("size", [9e18, 3e25, 3e38])
+@pytest.mark.parametrize("eps_in_sqrt", [False, True])
+@pytest.mark.parametrize("scale_by", [scale_by_rms, scale_by_stddev])
+def test_a_spike_has_derivatives(scale_by, eps_in_sqrt, size, derivatives):
+    def update(decay, eps, g):
+        tx = scale_by(decay, eps, eps_in_sqrt=eps_in_sqrt)
+        return tx.update(g, tx.init(g))[0]
+
+    at = jnp.float32(0.99), jnp.float32(1e-8), jnp.float32(size)
+    by_decay, by_eps, by_gradient = derivatives(update, (0, 1, 2))(*at)
+    # The update is (1 - decay)**-0.5, centered (decay * (1 - decay))**-0.5.
+    exact = {scale_by_rms: 500, scale_by_stddev: 497.4}[scale_by]
+    np.testing.assert_allclose(by_decay, exact, rtol=0.01)
+    np.testing.assert_allclose((by_eps, by_gradient), 0, atol=1e-16)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
 @pytest.mark.parametrize("decay", [0.9, 0.99])
 @pytest.mark.parametrize("centered", [False, True])
