@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import reference
-from optax_rmsprop import rmsprop
+from optax_rmsprop import rmsprop, scale_by_rms, scale_by_stddev
 from runs import ENTRIES, problem
 from test_optax import by_reference, by_step, falling, stepper, train
 
@@ -148,6 +148,22 @@ def test_dtypes_stay(case, of_params, of_gradients, of_state, rounding):
         )
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(averages(state))}
     assert dtypes == {of_state}
+
+
+@pytest.mark.parametrize("make", [scale_by_rms, scale_by_stddev, rmsprop])
+@pytest.mark.parametrize(
+    ("of_params", "of_state"), [("float32", "float64"), ("complex64", "complex128")]
+)
+@pytest.mark.usefixtures("x64")
+def test_accumulator_dtype(make, of_params, of_state):
+    tx = make(accumulator_dtype="float64")
+    params = jnp.ones(2, of_params)
+    state = tx.init(params)
+    for _ in range(2):
+        slots = averages(state)
+        assert {slot.dtype.name for slot in slots.values()} == {of_state}
+        updates, state = tx.update(params, state, params)
+    assert updates.dtype == params.dtype
 
 
 SETTINGS = {

@@ -125,6 +125,14 @@ def test_a_traced_momentum_of_0_is_no_momentum():
     np.testing.assert_array_equal(zero, updates_of(rmsprop(), GRADIENTS))
 
 
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_complex_number_is_two_real_ones(centered):
+    tx = rmsprop(centered=centered, initial_scale=2.0, momentum=0.9)
+    both = updates_of(tx, GRADIENTS + 3j * GRADIENTS[::-1])
+    np.testing.assert_array_equal(both.real, updates_of(tx, GRADIENTS))
+    np.testing.assert_array_equal(both.imag, updates_of(tx, 3 * GRADIENTS[::-1]))
+
+
 def test_maximizing_is_minimizing_the_negative():
     options = {"momentum": 0.9, "weight_decay": 0.1, "centered": True}
     ascent = updates_of(rmsprop(maximize=True, **options), GRADIENTS)
