@@ -3,6 +3,7 @@
 from optax import add_decayed_weights as add_decayed_weights
 from optax import trace as trace
 
+from optax_rmsprop import dialects as dialects
 from optax_rmsprop.optimizer import rmsprop as rmsprop
 from optax_rmsprop.transforms import ScaleByRmsState as ScaleByRmsState
 from optax_rmsprop.transforms import ScaleByStddevState as ScaleByStddevState

@@ -24,7 +24,8 @@ def rmsprop(
     """Yield the parameters and every average after each of the gradients.
 
     One array of parameters, not a tree. `learning_rate` and `weight_decay` are numbers
-    or functions of the number of updates made. Exact where float64 is: the variance is averaged itself.
+    or functions of the number of updates made. Exact where float64 is: the variance is
+    averaged itself.
     """
     p = np.array(params)
     nu, mu, b = np.full_like(p, initial_scale), np.zeros_like(p), np.zeros_like(p)

@@ -1,0 +1,61 @@
+"""What every dialect does with its arguments: refuse, in the framework's own words."""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+Dialect = TypeVar("Dialect", bound=Callable[..., Any])
+
+
+def speaks(**names: str) -> Callable[[Dialect], Dialect]:
+    """Let errors use a framework's names for our arguments, and list what it takes.
+
+    Args:
+      **names: the framework's name for each argument of `rmsprop` it calls otherwise.
+    """
+
+    def decorate(dialect: Dialect) -> Dialect:
+        signature = inspect.signature(dialect)
+        name = f"dialects.{dialect.__name__}"
+
+        def translated(message: str) -> str:
+            message = message.replace(" (torch calls it alpha)", "")
+            return re.sub(r"`(\w+)`", lambda m: f"`{names.get(m[1], m[1])}`", message)
+
+        @functools.wraps(dialect)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(
+                    f"{name}: {error}; it takes {', '.join(signature.parameters)} "
+                    "(and init takes the parameters)"
+                ) from None
+            try:
+                return dialect(*args, **kwargs)
+            except (TypeError, ValueError) as error:
+                if type(error) not in (TypeError, ValueError):  # not one of ours
+                    raise
+                raise type(error)(f"{name}: {translated(str(error))}") from None
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+def refuse(name: str, value: Any, default: Any, remedy: str) -> None:
+    """Refuse a value that would change the numbers in a way we do not reproduce."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"`{name}` must be {default} and no array, got {value}; with "
+            f"optax.inject_hyperparams name `{name}` in its static_args"
+        )
+    if value != default:
+        raise ValueError(
+            f"`{name}` must be {default}, for we do not reproduce it, got {value!r}; "
+            f"{remedy}"
+        )
