@@ -296,8 +296,8 @@ def _averaging_weights(
 
     They are decay and 1 - decay, the latter formed before it is rounded to the state's
     dtype: 1 - float32(0.999) is off by 1e-5. Bias correction at update t makes them
-    a = (1 - decay)/(1 - decayᵗ) and d = 1 - a, without the digits that 1 - decayᵗ and
-    1 - a would cancel.
+    a = (1 - decay)/(1 - decayᵗ) and d = 1 - a, without the digits that 1 - decayᵗ would
+    cancel.
     """
     a = 1 - decay
     if not bias_correction:
@@ -306,8 +306,10 @@ def _averaging_weights(
     decay, a, t = (jnp.asarray(x, wide) for x in (decay, a, count))
     below_1 = 1 - float(jnp.finfo(wide).eps)  # where log(decay) is finite at decay = 0
     log_decay = jnp.log1p(-jnp.where(a < below_1, a, below_1))
-    total = -jnp.expm1(t * log_decay)
-    return decay * -jnp.expm1((t - 1) * log_decay) / total, a / total
+    # Exactly 1 - decay at first, so that the first mean is the gradient.
+    total = jnp.where(t == 1, a, -jnp.expm1(t * log_decay))
+    a = a / total
+    return 1 - a, a
 
 
 def _advance(

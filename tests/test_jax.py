@@ -389,6 +389,23 @@ def test_derivatives_are_finite(case):
     assert np.isfinite(np.concatenate([np.ravel(leaf) for leaf in leaves])).all()
 
 
+def test_the_derivative_by_no_memory_is_finite():
+    def second_update(decay):
+        tx = scale_by_rms(decay, bias_correction=True)
+        _, state = tx.update(jnp.ones(()), tx.init(jnp.ones(())))
+        return tx.update(2 * jnp.ones(()), state)[0]
+
+    # nu = (4 + decay)/(1 + decay), so that 2/√nu grows by 3/8.
+    assert jax.grad(second_update)(0.0) == pytest.approx(3 / 8, rel=1e-6)
+
+
+def test_the_count_does_not_overflow():
+    tx = scale_by_rms(bias_correction=True)
+    last = jnp.iinfo(jnp.int32).max
+    state = tx.init(jnp.ones(()))._replace(count=jnp.int32(last))
+    assert tx.update(jnp.ones(()), state)[1].count == last
+
+
 @pytest.mark.parametrize(
     "case",
     [c for c in COMBINATIONS if c["eps"] > 1e-3 or not starts_without_variance(c)],

@@ -156,13 +156,16 @@ def test_the_largest_numbers_stay_finite(scale_by, bias_correction, decay, dtype
 
 @pytest.mark.parametrize("decay", [1e-45, 1e-38, 1e-30])
 def test_next_to_no_memory_is_finite(decay):
-    updates, state = train(rmsprop(decay=decay, centered=True), jnp.ones((3, 1)))
+    gradients = jnp.ones((3, 1), jnp.float32)
+    updates, state = train(rmsprop(decay=decay, centered=True), gradients)
     assert is_finite(updates)
     assert is_finite(state)
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.95, 0.99, 0.999])
-def test_the_first_bias_corrected_gradient_has_no_variance(decay):
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_first_bias_corrected_gradient_has_no_variance(wide, decay):
+    jax.config.update("jax_enable_x64", wide)  # without it decay is rounded to float32
     gradients = jnp.array([[1.0, 2.5, -1e-3]], jnp.float32)
     tx = scale_by_stddev(decay, eps=1e-8, bias_correction=True)
     updates, _ = train(tx, gradients)
