@@ -81,6 +81,7 @@ def test_public_names():
         "ScaleByRmsState",
         "ScaleByStddevState",
         "add_decayed_weights",
+        "dialects",
         "rmsprop",
         "scale_by_rms",
         "scale_by_stddev",

@@ -6,6 +6,7 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
+from optax_rmsprop import _checks
 from optax_rmsprop.dialects._words import refuse, speaks
 from optax_rmsprop.optimizer import rmsprop
 
@@ -59,7 +60,7 @@ def tensorflow(
     )
 
 
-@speaks(decay="rho", eps="epsilon")
+@speaks(eps="epsilon")
 def tf_keras(
     learning_rate: optax.ScalarOrSchedule = 0.001,
     rho: ArrayLike = 0.9,
@@ -115,7 +116,7 @@ def tf_keras(
         epsilon = 1e-7
     return rmsprop(
         learning_rate,
-        rho,
+        _checks.number("rho", rho, high=1, zero=not centered),
         epsilon,
         momentum=momentum,
         centered=centered,

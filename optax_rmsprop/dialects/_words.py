@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax.core import Tracer
 
 Dialect = TypeVar("Dialect", bound=Callable[..., Any])
 
@@ -48,12 +50,14 @@ def speaks(**names: str) -> Callable[[Dialect], Dialect]:
 
 
 def refuse(name: str, value: Any, default: Any, remedy: str) -> None:
-    """Refuse a value that would change the numbers in a way we do not reproduce."""
-    if isinstance(value, jax.Array):
-        raise TypeError(
-            f"`{name}` must be {default} and no array, got {value}; with "
-            f"optax.inject_hyperparams name `{name}` in its static_args"
-        )
+    """Refuse a value that would change the numbers in a way we do not reproduce.
+
+    A traced value is not checked. optax.inject_hyperparams turns all numbers to arrays.
+    """
+    if isinstance(value, Tracer):
+        return
+    if isinstance(value, jax.Array) and value == jnp.asarray(default, value.dtype):
+        return
     if value != default:
         raise ValueError(
             f"`{name}` must be {default}, for we do not reproduce it, got {value!r}; "
