@@ -1,5 +1,7 @@
 """RMSprop: the averaging transforms, momentum and weight decay in one chain."""
 
+from __future__ import annotations  # so that help() shows these types by name
+
 import functools
 import math
 from collections.abc import Callable

@@ -5,7 +5,9 @@
 is `tf.compat.v1.train.RMSPropOptimizer(0.016, decay=0.9, momentum=0.9, epsilon=1e-3)`.
 Each function calls `optax_rmsprop.rmsprop`, and everything said there holds here: the
 learning rate may be an optax schedule, nothing finite becomes NaN, the state is read
-with `optax.tree.get`. Parameters go to `init`, not to the dialect.
+with `optax.tree.get`. Parameters go to `init`, not to the dialect. Errors use the
+framework's names. Options that would change numbers, and that we do not reproduce, are
+refused with what to use in their place.
 `docs/dialects.md` has all of them in one table.
 """
 

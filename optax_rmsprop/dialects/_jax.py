@@ -1,5 +1,7 @@
 """What RMSprop has been in JAX itself and in optax."""
 
+from __future__ import annotations  # so that help() shows these types by name
+
 import optax as optax_
 from jax.typing import ArrayLike
 

@@ -1,5 +1,7 @@
 """Paddle, MindSpore, MLX, Julia's Optimisers.jl and Chainer."""
 
+from __future__ import annotations  # so that help() shows these types by name
+
 from typing import Any
 
 import optax
@@ -87,7 +89,7 @@ def mindspore(
 
     Differs from torch's in:
       1. epsilon is under the root.
-      2. v starts at 1, so that the first steps are short, not long.
+      2. v starts at 1, so that gradients below 1 begin with short steps, not long ones.
       3. The learning rate is inside the momentum buffer.
       4. Parameters with "beta" or "gamma" in their names do not decay there: give
          weight_decay_mask.

@@ -1,5 +1,7 @@
 """RMSprop as two papers have it."""
 
+from __future__ import annotations  # so that help() shows these types by name
+
 from typing import Any
 
 import optax

@@ -1,5 +1,7 @@
 """The three RMSprops of TensorFlow and Keras, none of which equals another."""
 
+from __future__ import annotations  # so that help() shows these types by name
+
 from typing import Any
 
 import jax
@@ -29,7 +31,7 @@ def tensorflow(
 
     Differs from torch's in:
       1. epsilon is under the root.
-      2. v starts at 1, so that the first steps are short, not long.
+      2. v starts at 1, so that gradients below 1 begin with short steps, not long ones.
       3. The learning rate is inside the momentum buffer.
       4. There is no weight decay. Models add it to the loss: a factor times
          tf.nn.l2_loss is torch's weight_decay of that factor.

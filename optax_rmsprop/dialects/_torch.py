@@ -1,5 +1,7 @@
 """torch.optim.RMSprop, and what torch users put in its place."""
 
+from __future__ import annotations  # so that help() shows these types by name
+
 from typing import Any
 
 import optax
@@ -89,7 +91,7 @@ def timm(
 
     Differs from torch's in:
       1. eps is under the root.
-      2. v starts at 1, so that the first steps are short, not long.
+      2. v starts at 1, so that gradients below 1 begin with short steps, not long ones.
       3. lr is inside the momentum buffer, unless lr_in_momentum=False.
       4. weight_decay can be decoupled, and then corrected: lr²/max_lr in place of lr.
       5. Defaults: alpha 0.9, eps 1e-10.
@@ -171,7 +173,7 @@ def stable_baselines3(
 
     Differs from torch's in:
       1. eps is under the root.
-      2. v starts at 1, so that the first steps are short, not long.
+      2. v starts at 1, so that gradients below 1 begin with short steps, not long ones.
 
     The learning rate stays outside the momentum buffer, unlike TensorFlow's.
 
