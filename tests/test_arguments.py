@@ -92,7 +92,9 @@ def test_bad_arguments_of_the_transforms(scale_by, options, error, text):
         scale_by(**options)
 
 
-@pytest.mark.parametrize("number", [0.5, np.float32(0.5), np.array(0.5), 0, jnp.int32(0)])
+@pytest.mark.parametrize(
+    "number", [0.5, np.float32(0.5), np.array(0.5), 0, jnp.int32(0)], ids=repr
+)
 def test_every_kind_of_number_is_accepted(number):
     tx = rmsprop(
         number,

@@ -73,8 +73,9 @@ def dqn2015(
       3. Default: lr 0.00025.
 
     Args:
-      lr: a number in [0, ∞) or an optax schedule; the Lua code's lr_start, lr_end and
-        lr_endt are `optax.linear_schedule(lr_start, lr_end, lr_endt)`.
+      lr: a number in [0, ∞) or an optax schedule. The Lua code's falls linearly over
+        lr_endt steps of the agent, of which update_freq (4) make one update; in the
+        published run it is constant.
       wc: weight cost (L2), in [0, ∞).
       weight_decay_mask: True where weights decay. See `rmsprop`.
 
