@@ -68,6 +68,18 @@ def train_step(
     return loss
 
 
+def split_digits() -> list[np.ndarray]:
+    """Images to train on and held out, then the labels of either."""
+    scans = load_digits()
+    return train_test_split(
+        (scans.images / 16).astype(np.float32),
+        scans.target.astype(np.int32),
+        test_size=HELD_OUT,
+        stratify=scans.target,
+        random_state=0,  # whatever the seed: the same digits are held out
+    )
+
+
 def shifted_batches(
     images: np.ndarray, labels: np.ndarray, size: int, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -101,14 +113,7 @@ def recipe(
 
 def train(options: argparse.Namespace) -> np.ndarray:
     """Train, and return losses and accuracies: (epochs, training or held out, 2)."""
-    scans = load_digits()
-    images, held_out_images, labels, held_out_labels = train_test_split(
-        (scans.images / 16).astype(np.float32),
-        scans.target.astype(np.int32),
-        test_size=HELD_OUT,
-        stratify=scans.target,
-        random_state=0,  # whatever the seed: the same digits are held out
-    )
+    images, held_out_images, labels, held_out_labels = split_digits()
     schedule, tx = recipe(options)
     model = Network(nnx.Rngs(options.seed))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
