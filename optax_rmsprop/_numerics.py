@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import ArrayLike, DTypeLike
 
 
@@ -92,6 +93,13 @@ def cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
     if limit < float(jnp.finfo(x.dtype).max):
         x = by_parts(lambda part: hold(part, limit), x)
     return x.astype(dtype)
+
+
+def product(*factors: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    """Of numbers and schedules, which makes it a schedule."""
+    if any(map(callable, factors)):
+        return lambda count: math.prod(f(count) if callable(f) else f for f in factors)
+    return math.prod(factors)
 
 
 def by_parts(formula: Callable[..., jax.Array], *leaves: Any) -> jax.Array:

@@ -1,9 +1,6 @@
 """RMSprop: the averaging transforms, momentum and weight decay in one chain."""
 
-from __future__ import annotations  # so that help() shows these types by name
-
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +10,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_rmsprop import _checks
-from optax_rmsprop._numerics import accumulator_dtype_of, cast
+from optax_rmsprop._numerics import accumulator_dtype_of, cast, product
 from optax_rmsprop.transforms import scale_by_rms, scale_by_stddev
 
 
@@ -167,7 +164,7 @@ def rmsprop(
         if decays and decoupled_weight_decay:
             rate = weight_decay
             if lr_in_momentum:  # the learning rate has been applied already
-                rate = _product(weight_decay, learning_rate)
+                rate = product(weight_decay, learning_rate)
             transforms.append(optax.add_decayed_weights(rate, mask))
         if lr_in_momentum:
             transforms.append(optax.scale(-1.0))
@@ -194,12 +191,6 @@ def rmsprop(
             _checks.same_tree("updates", updates, "`params`", params)
 
     return _accumulating(chain(weight_decay_mask), check, accumulator_dtype)
-
-
-def _product(*factors: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
-    if any(map(callable, factors)):
-        return lambda count: math.prod(f(count) if callable(f) else f for f in factors)
-    return math.prod(factors)
 
 
 def _accumulating(

@@ -13,8 +13,6 @@ Where these differ from torch, optax, Keras and TensorFlow:
 6. Real and imaginary parts are separate numbers (as in torch; optax averages |g|²).
 """
 
-from __future__ import annotations  # so that help() shows these types by name
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -108,6 +108,30 @@ def test_records_are_of_these_cases(name):
         np.testing.assert_array_equal(np.float32(recorded[key]), values)
 
 
+# Of ours: torch users pass parameters first, Paddle's by name only; bitsandbytes had
+# two more arguments; and one dialect stands for two functions.
+NOT_IN_ORIGINAL = {"bitsandbytes": ["percentile_clipping", "block_wise"]}
+OTHER_DEFAULTS = {"jax_example_libraries": {"momentum": None}}
+
+
+@pytest.mark.parametrize("name", sorted(FRAMEWORKS.keys() & dialects.__all__))
+def test_arguments_have_the_originals_order_and_defaults(name):
+    recorded = json.loads((RECORDED / f"{name}.json").read_text())["signature"]
+    expected = dict(recorded) | OTHER_DEFAULTS.get(name, {})
+    expected.pop("params", None)
+    if "parameters" in expected:
+        names = list(expected)
+        expected = {n: expected[n] for n in names[: names.index("parameters")]}
+    ours = {
+        p.name: "required" if p.default is p.empty else p.default
+        for p in inspect.signature(getattr(dialects, name)).parameters.values()
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    }
+    for extra in NOT_IN_ORIGINAL.get(name, []):
+        ours.pop(extra)
+    assert list(ours.items()) == list(expected.items())
+
+
 def toggled(name):
     return lambda settings: settings | {name: not settings.get(name, False)}
 

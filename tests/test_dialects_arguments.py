@@ -6,12 +6,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from optax_rmsprop import dialects
 from test_optax import arrays as arrays_of_float64
-from test_optax import by_reference, train
+from test_optax import train
 
 NAMES = dialects.__all__
 everyone = pytest.mark.parametrize("name", NAMES)
@@ -51,7 +52,9 @@ NUMBERS = [
     for name in NAMES
     for foreigns in OUT_OF_RANGE.values()
     for foreign in foreigns
-    if foreign in parameters(name) and (name, foreign) != ("tf_keras", "decay")
+    if foreign in parameters(name)
+    # Its decay is of the learning rate; its lr is an alias.
+    and (name, foreign) not in {("tf_keras", "decay"), ("tf_keras", "lr")}
 ]
 
 
@@ -87,7 +90,7 @@ REFUSED = [
             "corrected_weight_decay": True,
         },
         TypeError,
-        r"`max_lr` must be a number in \(0, inf\), got None; .* schedule's maximum",
+        r"`max_lr` must be a number in \(0, inf\), got None; .* its maximum",
     ),
     ("bitsandbytes", {"momentum": 0.9}, ValueError, r"`momentum` .* dialects\.torch"),
     ("bitsandbytes", {"centered": True}, ValueError, r"`centered` .* dialects\.torch"),
@@ -118,6 +121,14 @@ REFUSED = [
         TypeError,
         r"`momentum` must be a Python number, .* static_args",
     ),
+    ("tf_keras", {"momentum": lambda t: 0.9}, TypeError, r"a Python number, .*epsilon"),
+    ("tf_keras", {"momentum": None}, TypeError, r"`momentum` must be a number"),
+    ("timm", {"max_lr": 0.1}, ValueError, r"`max_lr` .* for corrected_weight_decay"),
+    ("timm", {"decoupled_decay": 2}, TypeError, r"`decoupled_decay` must be True or"),
+    ("timm", {"corrected_weight_decay": "no"}, TypeError, r"`corrected_.*` must be T"),
+    ("optimisers_jl", {"centered": 1}, TypeError, r"`centered` must be True or False"),
+    ("keras", {"clipnorm": jnp.float32(1)}, ValueError, r"`clipnorm` .*clip_by_glob"),
+    ("keras", {"clipnorm": np.ones(2)}, ValueError, r"`clipnorm` .*clip_by_global_no"),
     (
         "paddle",
         {"learning_rate": 0.1, "grad_clip": 1},
@@ -202,41 +213,60 @@ def test_every_decay_has_a_mask():
     assert decays == set(MASKED)
 
 
-@pytest.mark.parametrize("epsilon", [0, 0.0, None])
+@pytest.mark.parametrize(
+    "epsilon", [0, 0.0, None, np.float32(0), np.array(0.0), jnp.float32(0)], ids=repr
+)
 def test_tf_keras_takes_no_epsilon_for_its_default(epsilon):
     g = jnp.array([1e-7, 1.0])
-    tx, default = dialects.tf_keras(epsilon=epsilon), dialects.tf_keras()
+    tx, default = dialects.tf_keras(epsilon=epsilon), dialects.tf_keras(lr=0.001)
     assert jnp.array_equal(
         tx.update(g, tx.init(g))[0], default.update(g, default.init(g))[0]
     )
 
 
-@pytest.mark.usefixtures("x64")
-def test_timm_corrects_by_the_largest_learning_rate():
-    params, gradients = arrays_of_float64()
+def after_a_step_without_gradient(make, lr, **options):
+    """A parameter of 1, which only weight decay moves."""
+    tx = make(lr, weight_decay=0.5, decoupled_decay=True, **options)
+    p, g = jnp.ones(()), jnp.zeros(())
+    state = tx.init(p)
+    updates, _ = tx.update(g, state, p)
+    return float(p + updates)
 
-    def schedule(count):
-        return 0.1 / (1.0 + count.astype(float))
 
-    options = {"alpha": 0.9, "eps": 1e-2, "weight_decay": 0.1, "decoupled_decay": True}
-    corrected = dialects.timm(
-        schedule, **options, corrected_weight_decay=True, max_lr=0.2
-    )
-    # TensorFlow's order, and lr²/max_lr in place of lr.
-    expected, _ = by_reference(
-        params,
-        gradients,
-        learning_rate=lambda t: 0.1 / (1 + t),
-        decay=0.9,
-        eps=1e-2,
-        initial_scale=1.0,
-        eps_in_sqrt=True,
-        decoupled_weight_decay=True,
-        weight_decay=lambda t: 0.1 * 0.1 / (1 + t) / 0.2,
-    )
-    history, _ = train(corrected, params, gradients)
-    for leaf, values in expected.items():
-        assert jnp.allclose(history[leaf], jnp.asarray(values), rtol=1e-12)
+def injected(lr, **options):
+    return optax.inject_hyperparams(dialects.timm)(lr=lr, **options)
+
+
+CORRECTED = {"corrected_weight_decay": True}
+
+
+@pytest.mark.parametrize(
+    ("lr", "options", "shrunk"),
+    [
+        (0.1, {}, 0.5 * 0.1),
+        (0.1, CORRECTED, 0.5 * 0.1),  # timm: lr²/lr
+        (0.1, CORRECTED | {"max_lr": 0.2}, 0.5 * 0.1**2 / 0.2),
+        (lambda count: 0.1, CORRECTED | {"max_lr": 0.2}, 0.5 * 0.1**2 / 0.2),
+        (jnp.float32(0.1), CORRECTED | {"max_lr": 0.2}, 0.5 * 0.1**2 / 0.2),
+    ],
+)
+def test_timm_corrects_by_the_largest_learning_rate(lr, options, shrunk):
+    for make in (dialects.timm, injected):
+        if make is injected and options == CORRECTED:
+            continue  # a learning rate that changes: refused, below
+        after = after_a_step_without_gradient(make, lr, **options)
+        assert after == pytest.approx(1 - shrunk, rel=1e-6)
+
+
+@pytest.mark.parametrize("max_lr", [None, 0.0, -1.0, "x"])
+def test_timm_needs_the_largest_learning_rate(max_lr):
+    with pytest.raises((TypeError, ValueError), match=r"`max_lr` must be a number in"):
+        after_a_step_without_gradient(injected, 0.1, **CORRECTED, max_lr=max_lr)
+
+
+def test_an_error_of_jax_itself_stays_what_it_is():
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        jax.jit(lambda centered: dialects.tf_keras(centered=centered) and 0)(True)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"tf_keras"}))

@@ -7,7 +7,7 @@ Each function calls `optax_rmsprop.rmsprop`, and everything said there holds her
 learning rate may be an optax schedule, nothing finite becomes NaN, the state is read
 with `optax.tree.get`. Parameters go to `init`, not to the dialect. Errors use the
 framework's names. Options that would change numbers, and that we do not reproduce, are
-refused with what to use in their place.
+refused with what to use in their place; traced values cannot be checked.
 `docs/dialects.md` has all of them in one table.
 """
 

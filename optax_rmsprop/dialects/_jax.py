@@ -85,7 +85,8 @@ def jax_example_libraries(
       step_size: a number in [0, ∞) or a schedule of the step, as there.
       gamma: in [0, 1). torch: alpha.
       eps: in [0, ∞), in the square of the gradient's unit.
-      momentum: None or in [0, 1); `rmsprop_momentum` has 0.9 by default.
+      momentum: None for `rmsprop`; in [0, 1) for `rmsprop_momentum`, which has 0.9 by
+        default.
 
     Run: jax 0.10.2. Source: jax/example_libraries/optimizers.py.
     """

@@ -151,7 +151,7 @@ def mlx(
     return rmsprop(learning_rate, alpha, _checks.number("eps", eps, zero=False))
 
 
-@speaks(learning_rate="eta", decay="rho", eps="epsilon", centered="centred")
+@speaks(learning_rate="eta", decay="rho", eps="epsilon")
 def optimisers_jl(
     eta: optax.ScalarOrSchedule = 0.001,
     rho: ArrayLike = 0.9,
@@ -203,8 +203,7 @@ def chainer(
     Args:
       lr: a number in [0, ∞) or an optax schedule.
       alpha: in [0, 1).
-      eps: in [0, ∞). Chainer refuses one that its dtype rounds to 0; here no average is
-        that narrow.
+      eps: in [0, ∞). Chainer refuses one that the gradient's dtype rounds to 0.
       eps_inside_sqrt: whether eps goes under the root.
 
     Run: chainer 7.8.1. Source: chainer/optimizers/rmsprop.py.

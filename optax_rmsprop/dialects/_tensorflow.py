@@ -5,6 +5,7 @@ from __future__ import annotations  # so that help() shows these types by name
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
@@ -75,8 +76,9 @@ def tf_keras(
     clipvalue: float | None = None,
     global_clipnorm: float | None = None,
     decay: float = 0.0,
+    lr: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """tf.keras before Keras 3: `keras.optimizers.legacy.RMSprop` (OptimizerV2).
+    """tf.keras up to 2.10, later `keras.optimizers.legacy.RMSprop` (OptimizerV2).
 
         v <- rho * v + (1 - rho) * g²
         without momentum
@@ -101,6 +103,9 @@ def tf_keras(
       centered: whether to divide by the standard deviation.
       name: accepted; it changes no number.
       clipnorm, clipvalue, global_clipnorm, decay: refused unless left as they are.
+      lr: learning_rate by its old name.
+
+    tf.keras 2.11 to 2.15 without `legacy` is `dialects.keras`.
 
     Run: tf_keras 2.21.0, dense gradients on a CPU.
     Source: tf_keras/src/optimizers/legacy/rmsprop.py.
@@ -109,20 +114,22 @@ def tf_keras(
     refuse(
         "decay", decay, 0, "schedule learning_rate=lambda step: lr / (1 + decay * step)"
     )
-    if isinstance(momentum, jax.Array):
+    if callable(momentum) or isinstance(momentum, jax.Array):
         raise TypeError(
-            f"`momentum` must be a Python number, got {momentum}; it decides where "
-            "epsilon goes: with optax.inject_hyperparams name it in static_args"
+            f"`momentum` must be a Python number, for it decides where epsilon goes, "
+            f"got {momentum}; with optax.inject_hyperparams name it in static_args"
         )
-    if epsilon is None or (isinstance(epsilon, int | float) and epsilon == 0):
-        epsilon = 1e-7
+    has_momentum = not _checks.is_off(_checks.number("momentum", momentum, high=1))
+    epsilon = _checks.number("epsilon", 1e-7 if epsilon is None else epsilon)
+    if isinstance(epsilon, jax.Array):
+        epsilon = jnp.where(epsilon == 0, 1e-7, epsilon)
     return rmsprop(
-        learning_rate,
+        learning_rate if lr is None else lr,
         _checks.number("rho", rho, high=1, zero=not centered),
-        epsilon,
+        1e-7 if _checks.is_off(epsilon) else epsilon,
         momentum=momentum,
         centered=centered,
-        eps_in_sqrt=momentum != 0,
+        eps_in_sqrt=has_momentum,
         lr_in_momentum=True,
     )
 

@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_rmsprop import _checks
+from optax_rmsprop._numerics import product
 from optax_rmsprop.dialects._words import refuse, speaks
 from optax_rmsprop.optimizer import rmsprop
 
@@ -65,7 +66,7 @@ def torch(
     )
 
 
-@speaks(learning_rate="lr", decay="alpha")
+@speaks(learning_rate="lr", decay="alpha", decoupled_weight_decay="decoupled_decay")
 def timm(
     lr: optax.ScalarOrSchedule = 1e-2,
     alpha: ArrayLike = 0.9,
@@ -106,14 +107,17 @@ def timm(
       caution: refused.
       foreach: accepted; it changes no number.
       max_lr: what timm's constructor got as lr, in (0, ∞), for corrected_weight_decay
-        with a schedule.
+        where lr is a schedule or an array.
       weight_decay_mask: True where weights decay. See `rmsprop`.
 
     Run: timm 1.0.31. Source: timm/optim/rmsprop_tf.py.
     """
     refuse("caution", caution, False, "multiply the updates by the mask in the chain")
+    _checks.flags(corrected_weight_decay=corrected_weight_decay)
     if corrected_weight_decay:
         weight_decay = _corrected(weight_decay, decoupled_decay, lr, max_lr)
+    else:
+        refuse("max_lr", max_lr, None, "it is for corrected_weight_decay")
     return rmsprop(
         lr,
         alpha,
@@ -141,16 +145,19 @@ def _corrected(
             "`corrected_weight_decay` must be False without decoupled_decay, got True; "
             "timm ignores it then"
         )
-    if not callable(lr):
+    if max_lr is None and isinstance(lr, int | float):  # which does not change
         return weight_decay
-    peak = _checks.number(
+    max_lr = _checks.number(
         "max_lr",
         max_lr,
         zero=False,
-        hint="; with corrected_weight_decay and a schedule give the schedule's maximum",
+        hint="; with corrected_weight_decay and an lr that changes give its maximum",
     )
-    weight_decay = _checks.number("weight_decay", weight_decay)
-    return lambda count: weight_decay * lr(count) / peak
+    if not callable(weight_decay):
+        weight_decay = _checks.number("weight_decay", weight_decay)
+    if not callable(lr):
+        lr = _checks.number("lr", lr)
+    return product(weight_decay, lr, 1 / max_lr)
 
 
 @speaks(learning_rate="lr", decay="alpha")
@@ -233,7 +240,8 @@ def bitsandbytes(
       eps, weight_decay: in [0, ∞).
       momentum, centered, args, percentile_clipping: refused unless left as they are.
       optim_bits: 32. Here 8 is refused.
-      min_8bit_size, block_wise: accepted; with 32 bits they change no number.
+      min_8bit_size, block_wise: accepted; with 32 bits they change no number. The
+        version that was run has block_wise and percentile_clipping no longer.
       weight_decay_mask: True where weights decay. See `rmsprop`.
 
     Run: bitsandbytes 0.50.2, on a CPU. Source: bitsandbytes/optim/rmsprop.py.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 Dialect = TypeVar("Dialect", bound=Callable[..., Any])
@@ -56,9 +56,10 @@ def refuse(name: str, value: Any, default: Any, remedy: str) -> None:
     """
     if isinstance(value, Tracer):
         return
-    if isinstance(value, jax.Array) and value == jnp.asarray(default, value.dtype):
-        return
-    if value != default:
+    expected = default
+    if isinstance(value, jax.Array) and default is not None:
+        expected = np.asarray(default, value.dtype)
+    if not np.array_equal(value, expected):
         raise ValueError(
             f"`{name}` must be {default}, for we do not reproduce it, got {value!r}; "
             f"{remedy}"

@@ -21,7 +21,9 @@ writes recorded/FRAMEWORK.json.
 """
 
 import argparse
+import functools
 import importlib
+import inspect
 import itertools
 import json
 import platform
@@ -70,13 +72,57 @@ def run_torch_optimizer(make, params, gradients, learning_rates):
 
 
 def torch(case, *run):
-    from torch.optim import RMSprop
+    return run_torch_optimizer(lambda p: original("torch")(p, **case), *run)
 
-    return run_torch_optimizer(lambda p: RMSprop(p, **case), *run)
+
+# Where each dialect's original is.
+ORIGINALS = {
+    "torch": "torch.optim:RMSprop",
+    "timm": "timm.optim.rmsprop_tf:RMSpropTF",
+    "stable_baselines3": (
+        "stable_baselines3.common.sb2_compat.rmsprop_tf_like:RMSpropTFLike"
+    ),
+    "bitsandbytes": "bitsandbytes.optim:RMSprop",
+    "tensorflow": "tensorflow.compat.v1.train:RMSPropOptimizer",
+    "tf_keras": "tf_keras.optimizers.legacy:RMSprop",
+    "keras": "keras.optimizers:RMSprop",
+    "paddle": "paddle.optimizer:RMSProp",
+    "mindspore": "mindspore.nn:RMSProp",
+    "mindspore_vectors": "mindspore.nn:RMSProp",
+    "mlx": "mlx.optimizers:RMSprop",
+    "chainer": "chainer.optimizers:RMSprop",
+    "graves2013": "chainer.optimizers:RMSpropGraves",
+    "jax_example_libraries": "jax.example_libraries.optimizers:rmsprop_momentum",
+    "optax": "optax:rmsprop",
+}
+
+
+def original(framework):
+    module, _, name = ORIGINALS[framework].partition(":")
+    if framework in ("timm", "stable_baselines3"):
+        return getattr(without_its_package(module), name)
+    if framework == "tensorflow":  # whose compat.v1.train is no module
+        return importlib.import_module("tensorflow").compat.v1.train.RMSPropOptimizer
+    return getattr(importlib.import_module(module), name)
+
+
+def signature_of(framework):
+    """The arguments that take a position, each with its default or "required"."""
+    function = original(framework)
+    if framework.startswith("mindspore"):  # a decorator hides its arguments
+        (hidden,) = function.__init__.__closure__
+        function = functools.partial(hidden.cell_contents, None)
+    return [
+        [p.name, "required" if p.default is p.empty else p.default]
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
 
 
 def without_its_package(name):
     """Import a module, but not the packages around it, which need half the world."""
+    if name in sys.modules:
+        return sys.modules[name]
     packages = name.split(".")[:-1]
     folder = metadata.distribution(packages[0]).locate_file("")
     for depth in range(1, len(packages) + 1):
@@ -87,22 +133,18 @@ def without_its_package(name):
 
 
 def timm(case, *run):
-    optimizer = without_its_package("timm.optim.rmsprop_tf").RMSpropTF
     case = dict(case)
     lr = case.pop("max_lr", 1.0)
-    return run_torch_optimizer(lambda p: optimizer(p, lr, **case), *run)
+    return run_torch_optimizer(lambda p: original("timm")(p, lr, **case), *run)
 
 
 def stable_baselines3(case, *run):
-    module = "stable_baselines3.common.sb2_compat.rmsprop_tf_like"
-    optimizer = without_its_package(module).RMSpropTFLike
+    optimizer = original("stable_baselines3")
     return run_torch_optimizer(lambda p: optimizer(p, **case), *run)
 
 
 def bitsandbytes(case, *run):
-    from bitsandbytes.optim import RMSprop
-
-    return run_torch_optimizer(lambda p: RMSprop(p, **case), *run)
+    return run_torch_optimizer(lambda p: original("bitsandbytes")(p, **case), *run)
 
 
 def run_keras_optimizer(optimizer, params, gradients, learning_rates):
@@ -116,15 +158,11 @@ def run_keras_optimizer(optimizer, params, gradients, learning_rates):
 
 
 def keras(case, *run):
-    import keras
-
-    return run_keras_optimizer(keras.optimizers.RMSprop(**case), *run)
+    return run_keras_optimizer(original("keras")(**case), *run)
 
 
 def tf_keras(case, *run):
-    import tf_keras
-
-    return run_keras_optimizer(tf_keras.optimizers.legacy.RMSprop(**case), *run)
+    return run_keras_optimizer(original("tf_keras")(**case), *run)
 
 
 def tensorflow(case, params, gradients, learning_rates):
@@ -132,7 +170,7 @@ def tensorflow(case, params, gradients, learning_rates):
 
     p = tf.Variable(params)
     now = iter(learning_rates)
-    optimizer = tf.compat.v1.train.RMSPropOptimizer(lambda: float(next(now)), **case)
+    optimizer = original("tensorflow")(lambda: float(next(now)), **case)
     for g in gradients:
         optimizer.apply_gradients([(tf.constant(g), p)])
         yield p.numpy()
@@ -143,7 +181,7 @@ def paddle(case, params, gradients, learning_rates):
 
     p = paddle.create_parameter(params.shape, "float32")
     p.set_value(params)
-    optimizer = paddle.optimizer.RMSProp(0.1, parameters=[p], **case)
+    optimizer = original("paddle")(0.1, parameters=[p], **case)
     for g, lr in zip(gradients, learning_rates, strict=True):
         optimizer.set_lr(float(lr))
         (p * paddle.to_tensor(g)).sum().backward()
@@ -157,7 +195,7 @@ def mindspore(case, params, gradients, learning_rates):
 
     p = ms.Parameter(ms.Tensor(params), name="weight")
     schedule = [float(lr) for lr in learning_rates]
-    optimizer = ms.nn.RMSProp([p], schedule, **case)
+    optimizer = original("mindspore")([p], schedule, **case)
     for g in gradients:
         optimizer((ms.Tensor(g),))
         yield p.asnumpy().copy()
@@ -172,10 +210,9 @@ def mindspore_vectors(case, params, gradients, learning_rates):
 
 def mlx(case, params, gradients, learning_rates):
     import mlx.core as mx
-    from mlx.optimizers import RMSprop
 
     table = mx.array(learning_rates)
-    optimizer = RMSprop(lambda step: table[step], **case)
+    optimizer = original("mlx")(lambda step: table[step], **case)
     p = {"p": mx.array(params)}
     for g in gradients:
         p = optimizer.apply_gradients({"p": mx.array(g)}, p)
@@ -197,15 +234,11 @@ def run_chainer(optimizer, params, gradients, learning_rates):
 
 
 def chainer(case, *run):
-    from chainer.optimizers import RMSprop
-
-    return run_chainer(RMSprop(**case), *run)
+    return run_chainer(original("chainer")(**case), *run)
 
 
 def graves2013(case, *run):
-    from chainer.optimizers import RMSpropGraves
-
-    return run_chainer(RMSpropGraves(**case), *run)
+    return run_chainer(original("graves2013")(**case), *run)
 
 
 def jax_example_libraries(case, params, gradients, learning_rates):
@@ -337,6 +370,7 @@ def record(framework):
     return {
         "versions": {name: metadata.version(name) for name in packages},
         "python": platform.python_version(),
+        "signature": signature_of(framework),
         "seed": SEED,
         "kept": KEPT,
         "params": params.tolist(),
