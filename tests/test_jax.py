@@ -297,6 +297,9 @@ def test_an_array_of_0_is_not_off(name):
 def test_import_needs_neither_torch_nor_flax():
     code = """import sys, optax_rmsprop
 assert optax_rmsprop.rmsprop(0.1).init(1.0)[0].nu == 0
+assert "optax_rmsprop.dialects" not in sys.modules  # until it is used
+assert optax_rmsprop.dialects.torch(0.1).init(1.0)[0].nu == 0
+assert not hasattr(optax_rmsprop, "nonsense")
 print(sorted({"torch", "flax"} & sys.modules.keys()))"""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False

@@ -21,7 +21,6 @@ def speaks(**names: str) -> Callable[[Dialect], Dialect]:
     """
 
     def decorate(dialect: Dialect) -> Dialect:
-        signature = inspect.signature(dialect)
         name = f"dialects.{dialect.__name__}"
 
         def translated(message: str) -> str:
@@ -30,6 +29,7 @@ def speaks(**names: str) -> Callable[[Dialect], Dialect]:
 
         @functools.wraps(dialect)
         def checked(*args: Any, **kwargs: Any) -> Any:
+            signature = inspect.signature(dialect)
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
