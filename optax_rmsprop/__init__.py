@@ -1,8 +1,7 @@
 """RMSprop for JAX: torch's numbers, never NaN, at home in optax."""
 
 import importlib
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optax import add_decayed_weights as add_decayed_weights
 from optax import trace as trace
@@ -15,19 +14,29 @@ from optax_rmsprop.transforms import scale_by_stddev as scale_by_stddev
 
 if TYPE_CHECKING:
     from optax_rmsprop import dialects as dialects
+    from optax_rmsprop.torch_port import TorchRun as TorchRun
+    from optax_rmsprop.torch_port import from_torch as from_torch
+    from optax_rmsprop.torch_port import to_torch as to_torch
 
 __version__ = "0.1.0"
 
-_AT_FIRST_USE = ("dialects",)
+# What is imported at its first use, and from where.
+_LATER = {
+    "dialects": "",
+    "TorchRun": "torch_port",
+    "from_torch": "torch_port",
+    "to_torch": "torch_port",
+}
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     # Importing less, we seldom trigger the garbage collection of all of optax's
     # objects that is due soon after its import: 50 ms, where ours takes 3.
-    if name in _AT_FIRST_USE:
-        return importlib.import_module(f"{__name__}.{name}")
+    if name in _LATER:
+        module = importlib.import_module(f"{__name__}.{_LATER[name] or name}")
+        return getattr(module, name) if _LATER[name] else module
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_AT_FIRST_USE})
+    return sorted({*globals(), *_LATER})

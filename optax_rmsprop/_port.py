@@ -1,0 +1,185 @@
+"""What a port function does, found by giving it the places of elements for weights.
+
+A port takes arrays by name and returns a tree of arrays that holds their elements,
+moved. Where each went tells how to carry anything else of the weights' shapes, how to
+bring it back, and that the port moves elements and does nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
+
+Port = Callable[[dict[str, np.ndarray]], Any]
+
+EXACT = 2**24  # up to here float32, which a port may ask for, tells integers apart
+
+
+class Correspondence:
+    """Where a port puts every element of its arrays."""
+
+    def __init__(
+        self, port: Port, shapes: Mapping[str, tuple[int, ...]], needed: Collection[str]
+    ):
+        """Probe a port.
+
+        Args:
+          port: the function.
+          shapes: of the arrays it takes, by name.
+          needed: names of those of which no element may be lost.
+
+        Raises:
+          ValueError: the port changes, duplicates or drops elements.
+        """
+        self._port = port
+        self._shapes = dict(shapes)
+        sizes = [int(np.prod(shape)) for shape in shapes.values()]
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self._starts = self._ends - sizes
+        # The place of each element of each leaf among those of all arrays in a row.
+        self.paths, self._places, self._structure = self._probe()
+        self._check(needed)
+        names = list(self._shapes)
+        # Of each leaf, the arrays that it is made of.
+        self.sources = [
+            [names[i] for i in self._sources(np.ravel(places))]
+            for places in self._places
+        ]
+
+    def carry(self, arrays: Mapping[str, np.ndarray]) -> Any:
+        """The tree that the port makes of other arrays of the same shapes."""
+        return self._port(dict(arrays))
+
+    def bring_back(self, tree: Any) -> dict[str, np.ndarray]:
+        """The arrays of which the port would make this tree; those it drops are out.
+
+        Raises:
+          ValueError: the tree is not like the port's.
+        """
+        leaves, structure = jax.tree.flatten(tree)
+        if structure != self._structure:
+            raise ValueError(
+                f"the tree must be the port's, {self._structure}, got {structure}"
+            )
+        arrays: dict[str, np.ndarray] = {}
+        for path, places, leaf in zip(self.paths, self._places, leaves, strict=True):
+            if np.shape(leaf) != places.shape:
+                raise ValueError(
+                    f"{path} must have the port's shape {places.shape}, got "
+                    f"{np.shape(leaf)}"
+                )
+            values, places = np.ravel(leaf), np.ravel(places)
+            sources = self._sources(places)
+            for i in sources:
+                name = list(self._shapes)[i]
+                start, end = self._starts[i], self._ends[i]
+                array = arrays.setdefault(name, np.empty(end - start, values.dtype))
+                if len(sources) == 1:
+                    array[places - start] = values
+                else:
+                    here = (places >= start) & (places < end)
+                    array[places[here] - start] = values[here]
+        return {name: a.reshape(self._shapes[name]) for name, a in arrays.items()}
+
+    def label(self, labels: Mapping[str, str]) -> Any:
+        """The label of the arrays that each leaf is made of, in the port's tree.
+
+        Raises:
+          ValueError: a leaf is made of arrays with different labels.
+        """
+        found = []
+        for path, sources in zip(self.paths, self.sources, strict=True):
+            kinds = {labels[name]: name for name in sources}
+            if len(kinds) > 1:
+                which = ", ".join(f"`{name}` ({kind})" for kind, name in kinds.items())
+                raise ValueError(
+                    f"{path} must come from one parameter group, got {which}; let the "
+                    "port keep them in leaves of their own"
+                )
+            found.append(next(iter(kinds), ""))
+        return jax.tree.unflatten(self._structure, found)
+
+    def _sources(self, places: np.ndarray) -> list[int]:
+        """The arrays that these places are in, by number."""
+        if not places.size:
+            return []
+        first, last = np.searchsorted(
+            self._ends, [places.min(), places.max()], side="right"
+        )
+        if first == last:
+            return [int(first)]
+        return np.unique(np.searchsorted(self._ends, places, side="right")).tolist()
+
+    def _probe(self) -> tuple[list[str], list[np.ndarray], Any]:
+        low = self._digits(lambda places: places % EXACT)
+        paths = [keystr(path) or "the root" for path, _ in low[0]]
+        places = [digits for _, digits in low[0]]
+        if self._ends[-1:].sum() > EXACT:
+            high = self._digits(lambda places: places // EXACT)
+            places = [
+                _joined(low, high)
+                for low, (_, high) in zip(places, high[0], strict=True)
+            ]
+        return paths, places, low[1]
+
+    def _digits(
+        self, digit: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[list[tuple[Any, np.ndarray]], Any]:
+        """The leaves of the port's tree of digits; -1 is what is none."""
+        arrays = {
+            # From 1, so that a zero that the port puts in shows.
+            name: (digit(np.arange(start, end)) + 1).astype(np.float32).reshape(shape)
+            for (name, shape), start, end in zip(
+                self._shapes.items(), self._starts, self._ends, strict=True
+            )
+        }
+        leaves, structure = tree_flatten_with_path(self._port(arrays))
+        return [(path, _whole(leaf)) for path, leaf in leaves], structure
+
+    def _check(self, needed: Collection[str]) -> None:
+        used = np.zeros(self._ends[-1:].sum(), bool)
+        for path, places in zip(self.paths, self._places, strict=True):
+            if not ((places >= 0) & (places < len(used))).all():
+                raise ValueError(
+                    f"the port must only move values, but {path} has others; let it "
+                    "rename, reshape, transpose, split, concatenate and stack, and "
+                    "nothing else"
+                )
+            used[places] = True
+        if sum(places.size for places in self._places) > np.count_nonzero(used):
+            flat = np.concatenate([np.ravel(places) for places in self._places])
+            twice = np.flatnonzero(np.bincount(flat, minlength=len(used)) > 1)
+            names = [list(self._shapes)[i] for i in self._sources(twice)]
+            raise ValueError(
+                "the port must use each value once, but uses some of "
+                f"{', '.join(names)} twice; leave out one of them, or untie it in torch"
+            )
+        for name, start, end in zip(
+            self._shapes, self._starts, self._ends, strict=True
+        ):
+            if name in needed and not used[start:end].all():
+                raise ValueError(
+                    f"the port must keep each trained value, but drops some of {name}; "
+                    "let its tree hold them, or freeze the parameter in torch"
+                )
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """What a leaf of digits, which start from 1, holds from 0; -1 is none."""
+    values = np.asarray(leaf)
+    with np.errstate(invalid="ignore"):  # infinity and NaN come out as none, too
+        whole = values.astype(np.int32)
+    whole[...] = np.where(whole == values, whole - 1, -1)
+    return whole
+
+
+def _joined(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    top = high.max(initial=0)
+    dtype = np.int32 if (top + 1) * EXACT < 2**31 else np.int64
+    places = high.astype(dtype) * EXACT + low
+    places[(low < 0) | (high < 0)] = -1
+    return places
