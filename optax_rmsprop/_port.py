@@ -39,16 +39,15 @@ class Correspondence:
         self._shapes = dict(shapes)
         sizes = [int(np.prod(shape)) for shape in shapes.values()]
         self._ends = np.cumsum(sizes, dtype=np.int64)
-        self._starts = self._ends - sizes
+        starts = self._ends - sizes
+        self._spans = dict(
+            zip(shapes, zip(starts, self._ends, strict=True), strict=True)
+        )
         # The place of each element of each leaf among those of all arrays in a row.
         self.paths, self._places, self._structure = self._probe()
         self._check(needed)
-        names = list(self._shapes)
         # Of each leaf, the arrays that it is made of.
-        self.sources = [
-            [names[i] for i in self._sources(np.ravel(places))]
-            for places in self._places
-        ]
+        self.sources = [self._names_at(np.ravel(places)) for places in self._places]
 
     def carry(self, arrays: Mapping[str, np.ndarray]) -> Any:
         """The tree that the port makes of other arrays of the same shapes."""
@@ -66,19 +65,19 @@ class Correspondence:
                 f"the tree must be the port's, {self._structure}, got {structure}"
             )
         arrays: dict[str, np.ndarray] = {}
-        for path, places, leaf in zip(self.paths, self._places, leaves, strict=True):
+        for path, places, names, leaf in zip(
+            self.paths, self._places, self.sources, leaves, strict=True
+        ):
             if np.shape(leaf) != places.shape:
                 raise ValueError(
                     f"{path} must have the port's shape {places.shape}, got "
                     f"{np.shape(leaf)}"
                 )
             values, places = np.ravel(leaf), np.ravel(places)
-            sources = self._sources(places)
-            for i in sources:
-                name = list(self._shapes)[i]
-                start, end = self._starts[i], self._ends[i]
+            for name in names:
+                start, end = self._spans[name]
                 array = arrays.setdefault(name, np.empty(end - start, values.dtype))
-                if len(sources) == 1:
+                if len(names) == 1:
                     array[places - start] = values
                 else:
                     here = (places >= start) & (places < end)
@@ -103,16 +102,18 @@ class Correspondence:
             found.append(next(iter(kinds), ""))
         return jax.tree.unflatten(self._structure, found)
 
-    def _sources(self, places: np.ndarray) -> list[int]:
-        """The arrays that these places are in, by number."""
+    def _names_at(self, places: np.ndarray) -> list[str]:
+        """The arrays that these places are in."""
         if not places.size:
             return []
+        names = list(self._shapes)
         first, last = np.searchsorted(
             self._ends, [places.min(), places.max()], side="right"
         )
         if first == last:
-            return [int(first)]
-        return np.unique(np.searchsorted(self._ends, places, side="right")).tolist()
+            return [names[first]]
+        found = np.unique(np.searchsorted(self._ends, places, side="right"))
+        return [names[i] for i in found]
 
     def _probe(self) -> tuple[list[str], list[np.ndarray], Any]:
         low = self._digits(lambda places: places % EXACT)
@@ -133,8 +134,8 @@ class Correspondence:
         arrays = {
             # From 1, so that a zero that the port puts in shows.
             name: (digit(np.arange(start, end)) + 1).astype(np.float32).reshape(shape)
-            for (name, shape), start, end in zip(
-                self._shapes.items(), self._starts, self._ends, strict=True
+            for (name, shape), (start, end) in zip(
+                self._shapes.items(), self._spans.values(), strict=True
             )
         }
         leaves, structure = tree_flatten_with_path(self._port(arrays))
@@ -153,14 +154,12 @@ class Correspondence:
         if sum(places.size for places in self._places) > np.count_nonzero(used):
             flat = np.concatenate([np.ravel(places) for places in self._places])
             twice = np.flatnonzero(np.bincount(flat, minlength=len(used)) > 1)
-            names = [list(self._shapes)[i] for i in self._sources(twice)]
             raise ValueError(
                 "the port must use each value once, but uses some of "
-                f"{', '.join(names)} twice; leave out one of them, or untie it in torch"
+                f"{', '.join(self._names_at(twice))} twice; leave out one of them, or "
+                "untie it in torch"
             )
-        for name, start, end in zip(
-            self._shapes, self._starts, self._ends, strict=True
-        ):
+        for name, (start, end) in self._spans.items():
             if name in needed and not used[start:end].all():
                 raise ValueError(
                     f"the port must keep each trained value, but drops some of {name}; "
