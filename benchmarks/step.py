@@ -4,11 +4,12 @@ A JAX step is one jitted update and apply with donated parameters and state; a t
 step is `optimizer.step()`, foreach and single-tensor. All compute the same numbers, and
 the run fails if they do not. Each round compiles the programs and allocates the buffers
 anew, every other round in reverse: of two copies of one program, the one built first
-may be 5 % faster, or slower. Then the competitors take turns in random order.
+may be 5 % faster, or slower. Then the competitors take turns in random order: those in
+JAX by themselves, because torch's threads disturb them, and then ours and torch.
 
 A ratio is our time / theirs in the same turn, its median over the turns of a round. The
-table has the median over rounds and, in brackets, the least and the greatest. The last
-column is the bandwidth of our step as a fraction of that of a plain copy.
+table has the geometric mean over rounds and, in brackets, the least and the greatest.
+The last column is the bandwidth of our step as a fraction of that of a plain copy.
 """
 
 import argparse
@@ -48,6 +49,8 @@ OPTIONS = {
     "centered+momentum": {"centered": True, "momentum": 0.9},
 }
 HYPERPARAMETERS = 1e-2, 0.99, 1e-8  # learning rate, decay, eps
+# Those that ours takes turns with; torch's threads would disturb the others.
+GROUPS = {"jax": ["optax", "copy"], "torch": ["torch foreach", "torch single"]}
 WARM_UP = 3
 AGREEMENT = 1e-3  # between parameters of size 10; seen: 4e-5 after 280 steps
 # The ratios that --check accepts.
@@ -182,38 +185,49 @@ def check_agreement(competitors):
 
 
 def measure(build, rounds, reps, steps):
-    """The raw times of one row of the table, by round."""
+    """The raw times of one row of the table, by round and group."""
     results = []
     for r in range(rounds):
-        jax.clear_caches()  # so that tracing starts from nothing in each round
-        order = list(build)[:: -1 if r % 2 else 1]
-        competitors = {name: build[name]() for name in order}
-        build_s = {name: competitors[name].build_s for name in ("ours", "optax")}
-        step_s = take_turns(competitors, reps, steps)
-        results.append({"build_s": build_s, "step_s": step_s})
-        check_agreement(competitors)
-        del competitors  # before the next round allocates
+        results.append({})
+        for group, peers in GROUPS.items():
+            if not build.keys() >= set(peers):
+                continue
+            jax.clear_caches()  # so that tracing starts from nothing
+            order = ["ours", *peers][:: -1 if r % 2 else 1]
+            competitors = {name: build[name]() for name in order}
+            in_jax = [n for n in order if isinstance(competitors[n], JaxSteps)]
+            results[-1][group] = {
+                "build_s": {name: competitors[name].build_s for name in in_jax},
+                "step_s": take_turns(competitors, reps, steps),
+            }
+            check_agreement(competitors)
+            del competitors  # before the next are allocated
     return results
 
 
 def summarize(rounds):
-    """Median, least and greatest over rounds, where a round has the median of turns."""
+    """Geometric mean, least and greatest over rounds of the median of their turns."""
 
     def spread(values):
-        return {f.__name__: f(values) for f in (statistics.median, min, max)}
+        return {
+            "mean": statistics.geometric_mean(values),
+            "min": min(values),
+            "max": max(values),
+        }
 
-    seconds = {
-        n: np.array([r["step_s"][n] for r in rounds]) for n in rounds[0]["step_s"]
-    }
-    ratios = {n: np.median(seconds["ours"] / s, axis=1) for n, s in seconds.items()}
-    build_s = {
-        n: [sum(r["build_s"][n].values()) for r in rounds] for n in rounds[0]["build_s"]
-    }
-    return {
-        "step_s": {n: spread(np.median(s, axis=1)) for n, s in seconds.items()},
-        "ratio_to": {n: spread(ratio) for n, ratio in ratios.items()},
-        "build_s": {n: spread(s) for n, s in build_s.items()},
-    }
+    summary = {"step_s": {}, "ratio_to": {}, "build_s": {}}
+    for group in rounds[0]:
+        times = [r[group]["step_s"] for r in rounds]
+        for name in times[0]:
+            ratios = [np.median(np.divide(t["ours"], t[name])) for t in times]
+            summary["ratio_to"][name] = spread(ratios)
+            # Ours is in both groups, and undisturbed in the first.
+            medians = [statistics.median(t[name]) for t in times]
+            summary["step_s"].setdefault(name, spread(medians))
+        for name in rounds[0][group]["build_s"]:
+            sums = [sum(r[group]["build_s"][name].values()) for r in rounds]
+            summary["build_s"].setdefault(name, spread(sums))
+    return summary
 
 
 def environment():
@@ -238,18 +252,18 @@ def environment():
 def table_line(name, row):
     summary = row["summary"]
     ratios, build = summary["ratio_to"], summary["build_s"]
-    cells = [*name.split(), f"{1e3 * summary['step_s']['ours']['median']:.2f}"]
+    cells = [*name.split(), f"{1e3 * summary['step_s']['ours']['mean']:.2f}"]
     for peer in ("optax", "torch foreach", "torch single"):
-        form = "{median:.2f} [{min:.2f}, {max:.2f}]" if peer in ratios else "-"
+        form = "{mean:.2f} [{min:.2f}, {max:.2f}]" if peer in ratios else "-"
         cells.append(form.format(**ratios.get(peer, {})))
-    cells.append(" / ".join(f"{build[n]['median']:.1f}" for n in ("ours", "optax")))
+    cells.append(" / ".join(f"{build[n]['mean']:.1f}" for n in ("ours", "optax")))
     copies = row["bytes_per_parameter"] / 8  # a copy moves 8 bytes
-    return " | ".join([*cells, f"{copies / ratios['copy']['median']:.2f}"])
+    return " | ".join([*cells, f"{copies / ratios['copy']['mean']:.2f}"])
 
 
 def over_limits(name, row):
     for peer, limits in LIMITS.items():
-        ratio = row["summary"]["ratio_to"][peer]["median"]
+        ratio = row["summary"]["ratio_to"][peer]["mean"]
         limit = limits.get(name.split()[0])
         if limit and ratio > limit:
             yield f"{name}: {ratio:.3f} of {peer}, over {limit}"

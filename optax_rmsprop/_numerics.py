@@ -4,7 +4,7 @@ How XLA's CPU backend compiles these formulas decided their form (`benchmarks/st
 measures it): `jnp.minimum`, `jnp.clip` and `lax.clamp` cost three times the whole step
 where a select is free; and a held gradient shared by the state and the update is
 written out to memory, which doubles the step. So each use holds large values for
-itself: `cap` after squaring, `hold` before dividing.
+itself: `cap` after squaring, `clip` before dividing.
 """
 
 import math
@@ -28,11 +28,6 @@ def clip(x: jax.Array, limit: float) -> jax.Array:
     return jnp.where(x > limit, limit, jnp.where(x < -limit, -limit, x))
 
 
-def hold(x: jax.Array, limit: float) -> jax.Array:
-    """Hold |x| at `limit`, but turn infinity into NaN, so as not to hide it."""
-    return clip(x, limit) + 0 * x
-
-
 def cap(square: jax.Array, fraction: ArrayLike = 1) -> jax.Array:
     """Hold a square at a fraction of the square of `largest`, even if it overflowed."""
     limit = largest(square.dtype) ** 2 * fraction
@@ -49,11 +44,12 @@ def divide(
     """
     tiny = float(jnp.finfo(moment.dtype).tiny) * 2**10
     eps = jnp.asarray(eps, moment.dtype)
+    above_0 = tiny + 0 * g  # NaN where g is infinite, which `clip` would hide
     if eps_in_sqrt:
-        denominator = jnp.sqrt(moment + (eps + tiny))
+        denominator = jnp.sqrt(moment + (eps + above_0))
     else:
-        denominator = jnp.sqrt(moment + tiny) + eps
-    return _quotient(hold(g, largest(g.dtype)), denominator)
+        denominator = jnp.sqrt(moment + above_0) + eps
+    return _quotient(clip(g, largest(g.dtype)), denominator)
 
 
 @jax.custom_jvp
@@ -85,13 +81,13 @@ def accumulator_dtype_of(leaf: ArrayLike, real: DTypeLike | None = None) -> np.d
 
 
 def cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
-    """Convert to `dtype`, holding finite values within its range."""
+    """Convert to `dtype`, holding finite values within its range; infinity is NaN."""
     x = jnp.asarray(x)
     if x.dtype == dtype:
         return x
     limit = float(jnp.finfo(dtype).max)
     if limit < float(jnp.finfo(x.dtype).max):
-        x = by_parts(lambda part: hold(part, limit), x)
+        x = by_parts(lambda part: clip(part, limit) + 0 * part, x)
     return x.astype(dtype)
 
 
