@@ -14,8 +14,11 @@ from optax_rmsprop.transforms import scale_by_stddev as scale_by_stddev
 
 if TYPE_CHECKING:
     from optax_rmsprop import dialects as dialects
+    from optax_rmsprop import torch_layers as torch_layers
+    from optax_rmsprop.keras_port import from_keras as from_keras
     from optax_rmsprop.torch_port import TorchRun as TorchRun
     from optax_rmsprop.torch_port import from_torch as from_torch
+    from optax_rmsprop.torch_port import from_torch_checkpoint as from_torch_checkpoint
     from optax_rmsprop.torch_port import to_torch as to_torch
 
 __version__ = "0.1.0"
@@ -24,8 +27,11 @@ __version__ = "0.1.0"
 _LATER = {
     "dialects": "",
     "TorchRun": "torch_port",
+    "from_keras": "keras_port",
     "from_torch": "torch_port",
+    "from_torch_checkpoint": "torch_port",
     "to_torch": "torch_port",
+    "torch_layers": "",
 }
 
 

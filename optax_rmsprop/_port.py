@@ -7,7 +7,8 @@ bring it back, and that the port moves elements and does nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import difflib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -51,38 +52,63 @@ class Correspondence:
 
     def carry(self, arrays: Mapping[str, np.ndarray]) -> Any:
         """The tree that the port makes of other arrays of the same shapes."""
-        return self._port(dict(arrays))
+        return self._call(arrays)
 
-    def bring_back(self, tree: Any) -> dict[str, np.ndarray]:
-        """The arrays of which the port would make this tree; those it drops are out.
+    def _call(self, arrays: Mapping[str, np.ndarray]) -> Any:
+        try:
+            return self._port(dict(arrays))
+        except KeyError as error:
+            (name,) = error.args
+            if name in arrays:
+                raise
+            alike = difflib.get_close_matches(str(name), arrays) or arrays
+            raise KeyError(
+                f"the port asks for {name!r}, which the model does not have; it has "
+                f"{', '.join(alike)}"
+            ) from error
+
+    def check_tree(self, name: str, tree: Any) -> None:
+        """Refuse a tree whose structure or shapes are not those of the port's.
 
         Raises:
-          ValueError: the tree is not like the port's.
+          ValueError: naming `name` and the leaf.
         """
         leaves, structure = jax.tree.flatten(tree)
         if structure != self._structure:
             raise ValueError(
-                f"the tree must be the port's, {self._structure}, got {structure}"
+                f"`{name}` must be the port's tree, {self._structure}, got {structure}"
             )
-        arrays: dict[str, np.ndarray] = {}
-        for path, places, names, leaf in zip(
-            self.paths, self._places, self.sources, leaves, strict=True
-        ):
+        for path, places, leaf in zip(self.paths, self._places, leaves, strict=True):
             if np.shape(leaf) != places.shape:
                 raise ValueError(
-                    f"{path} must have the port's shape {places.shape}, got "
-                    f"{np.shape(leaf)}"
+                    f"{path} of `{name}` must have the port's shape {places.shape}, "
+                    f"got {np.shape(leaf)}"
                 )
-            values, places = np.ravel(leaf), np.ravel(places)
+
+    def bring_back(self, tree: Any) -> Iterator[tuple[str, np.ndarray]]:
+        """The arrays of which the port would make this tree, one after another.
+
+        Those that the port drops, whole or in part, are left out.
+        """
+        arrays: dict[str, np.ndarray] = {}
+        missing: dict[str, int] = {}
+        for places, names, leaf in zip(
+            self._places, self.sources, jax.tree.leaves(tree), strict=True
+        ):
+            values, places = np.asarray(leaf).ravel(), places.ravel()
             for name in names:
                 start, end = self._spans[name]
                 array = arrays.setdefault(name, np.empty(end - start, values.dtype))
                 if len(names) == 1:
                     array[places - start] = values
+                    found = places.size
                 else:
                     here = (places >= start) & (places < end)
                     array[places[here] - start] = values[here]
-        return {name: a.reshape(self._shapes[name]) for name, a in arrays.items()}
+                    found = int(np.count_nonzero(here))
+                missing[name] = missing.get(name, end - start) - found
+                if not missing[name]:
+                    yield name, arrays.pop(name).reshape(self._shapes[name])
 
     def label(self, labels: Mapping[str, str]) -> Any:
         """The label of the arrays that each leaf is made of, in the port's tree.
@@ -116,30 +142,31 @@ class Correspondence:
         return [names[i] for i in found]
 
     def _probe(self) -> tuple[list[str], list[np.ndarray], Any]:
-        low = self._digits(lambda places: places % EXACT)
-        paths = [keystr(path) or "the root" for path, _ in low[0]]
-        places = [digits for _, digits in low[0]]
+        leaves, structure = self._digits(lambda places: places % EXACT, np.float32)
+        paths = [keystr(path) or "the root" for path, _ in leaves]
+        places = [_whole(leaf) for leaf in _emptied(leaves)]
         if self._ends[-1:].sum() > EXACT:
-            high = self._digits(lambda places: places // EXACT)
+            # Half as much memory, and exact up to 34 thousand million elements.
+            high, _ = self._digits(lambda places: places // EXACT, np.float16)
+            low = _emptied(places)
             places = [
-                _joined(low, high)
-                for low, (_, high) in zip(places, high[0], strict=True)
+                _joined(digits, _whole(leaf))
+                for digits, leaf in zip(low, _emptied(high), strict=True)
             ]
-        return paths, places, low[1]
+        return paths, places, structure
 
     def _digits(
-        self, digit: Callable[[np.ndarray], np.ndarray]
+        self, digit: Callable[[np.ndarray], np.ndarray], dtype: type[np.floating]
     ) -> tuple[list[tuple[Any, np.ndarray]], Any]:
-        """The leaves of the port's tree of digits; -1 is what is none."""
+        """The leaves, with their paths, of the port's tree of digits."""
         arrays = {
             # From 1, so that a zero that the port puts in shows.
-            name: (digit(np.arange(start, end)) + 1).astype(np.float32).reshape(shape)
+            name: (digit(np.arange(start, end)) + 1).astype(dtype).reshape(shape)
             for (name, shape), (start, end) in zip(
                 self._shapes.items(), self._spans.values(), strict=True
             )
         }
-        leaves, structure = tree_flatten_with_path(self._port(arrays))
-        return [(path, _whole(leaf)) for path, leaf in leaves], structure
+        return tree_flatten_with_path(self._call(arrays))
 
     def _check(self, needed: Collection[str]) -> None:
         used = np.zeros(self._ends[-1:].sum(), bool)
@@ -165,6 +192,14 @@ class Correspondence:
                     f"the port must keep each trained value, but drops some of {name}; "
                     "let its tree hold them, or freeze the parameter in torch"
                 )
+
+
+def _emptied(leaves: list[Any]) -> Iterator[Any]:
+    """The items in turn, taken out of the list so that their memory is free again."""
+    leaves.reverse()
+    while leaves:
+        leaf = leaves.pop()
+        yield leaf[1] if isinstance(leaf, tuple) else leaf
 
 
 def _whole(leaf: Any) -> np.ndarray:

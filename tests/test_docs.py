@@ -22,6 +22,11 @@ MODULES = [
 ]
 
 
+def skip_without_torch(text):
+    if re.search(r"^[ >]*import .*\btorch\b", text, re.M):
+        pytest.importorskip("torch")
+
+
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 
@@ -29,6 +34,7 @@ def blocks(page, language):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page):
     for code in blocks(page, "python"):
+        skip_without_torch(code)
         exec(compile(code, str(page), "exec"), {})
 
 
@@ -51,6 +57,7 @@ def test_the_readme_starts_with_the_main_job_and_the_tests():
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_docstring_examples(module):
+    skip_without_torch(inspect.getsource(module))
     result = doctest.testmod(module)
     assert result.failed == 0
     public = [getattr(module, name, None) for name in ("rmsprop", "scale_by_stddev")]
@@ -59,9 +66,13 @@ def test_docstring_examples(module):
 
 
 PUBLIC = [
+    optax_rmsprop.from_keras,
+    optax_rmsprop.from_torch,
+    optax_rmsprop.from_torch_checkpoint,
     optax_rmsprop.rmsprop,
     optax_rmsprop.scale_by_rms,
     optax_rmsprop.scale_by_stddev,
+    optax_rmsprop.to_torch,
 ]
 
 
@@ -72,23 +83,28 @@ def test_every_argument_is_explained(function):
     arguments = list(inspect.signature(function).parameters)
     assert explained[: len(arguments)] == arguments
     sections = re.findall(r"^(Args|Returns|Raises|Example|References):", text, re.M)
-    assert sections == ["Args", "Returns", "Raises", "Example", "References"]
+    returns = ["Returns"] * (function is not optax_rmsprop.to_torch)
+    assert sections == ["Args", *returns, "Raises", "Example", "References"]
 
 
 def test_public_names():
     names = {name for name in dir(optax_rmsprop) if not name.startswith("_")}
     helpers = {"importlib", "Any", "TYPE_CHECKING"}
-    assert names - {"optimizer", "transforms", "torch_port"} - helpers == {
+    modules = {"keras_port", "optimizer", "torch_port", "transforms"}
+    assert names - modules - helpers == {
         "ScaleByRmsState",
         "ScaleByStddevState",
         "TorchRun",
         "add_decayed_weights",
         "dialects",
+        "from_keras",
         "from_torch",
+        "from_torch_checkpoint",
         "rmsprop",
         "scale_by_rms",
         "scale_by_stddev",
         "to_torch",
+        "torch_layers",
         "trace",
     }
 
@@ -101,6 +117,17 @@ def test_the_benchmarks_page_quotes_the_record():
     table = "\n".join([step["TABLE_HEAD"], *lines])
     assert len(lines) == 6
     assert table in (folder / "README.md").read_text()
+
+
+def test_the_benchmarks_page_quotes_the_record_of_carrying():
+    folder = ROOT / "benchmarks"
+    carry = runpy.run_path(str(folder / "carry.py"))
+    record = json.loads((folder / "results" / "carry.json").read_text())
+    lines = [carry["table_line"](*row) for row in record["rows"].items()]
+    assert len(lines) == 3
+    assert (
+        "\n".join([carry["TABLE_HEAD"], *lines]) in (folder / "README.md").read_text()
+    )
 
 
 def test_the_changelog_knows_this_version():

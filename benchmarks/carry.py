@@ -1,0 +1,125 @@
+"""Time carrying a run of 100 million parameters from torch to JAX and back.
+
+Each row is a process of its own, so that its peak of memory is its own. The model is a
+stack of linear layers with momentum, or without; every kernel is transposed on the way.
+Memory is the most that the process had at once (the run in torch, the run in JAX, and
+what carrying needs), beyond what it had before the model was made, as a multiple of the
+run's own size: its parameters and slots.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import resource
+import sys
+import time
+
+OPTIONS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "centered+momentum": {"momentum": 0.9, "centered": True},
+}
+WIDTH = 1000
+LIMITS = {"there_s": 10.0, "back_s": 10.0, "memory": 3.0}
+TABLE_HEAD = """\
+options | parameters | there, s | back, s | memory / own size
+---|---|---|---|---"""
+
+
+def peak():
+    """The most memory that this process has had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measure(options, layers):
+    """Carry there and back once, in this process."""
+    import jax
+    import torch
+
+    from optax_rmsprop import from_torch, to_torch, torch_layers
+
+    def port(weights):
+        return {str(i): torch_layers.linear(weights, str(i)) for i in range(layers)}
+
+    def run(layers):
+        model = torch.nn.Sequential(
+            *(torch.nn.Linear(WIDTH, WIDTH) for _ in range(layers))
+        )
+        optimizer = torch.optim.RMSprop(model.parameters(), foreach=False, **options)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        return model, optimizer
+
+    jax.block_until_ready(jax.numpy.zeros(1))  # starts the backend
+    before = peak()
+    model, optimizer = run(layers)
+    start = time.perf_counter()
+    params, _, state = from_torch(model, optimizer, port)
+    jax.block_until_ready((params, state))
+    middle = time.perf_counter()
+    to_torch(params, state, model, optimizer, port)
+    end = time.perf_counter()
+    parameters = sum(p.numel() for p in model.parameters())
+    slots = 1 + bool(options.get("momentum")) + options.get("centered", False)
+    return {
+        "parameters": parameters,
+        "there_s": middle - start,
+        "back_s": end - middle,
+        "memory": (peak() - before) / (4 * parameters * (1 + slots)),
+        "versions": {m.__name__: str(m.__version__) for m in (jax, torch)},
+    }
+
+
+def table_line(name, row):
+    return (
+        f"{name} | {row['parameters'] / 1e6:.0f} million | {row['there_s']:.1f} | "
+        f"{row['back_s']:.1f} | {row['memory']:.2f}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--layers", type=int, default=100, help="of a million parameters each (100)")
+    path = pathlib.Path(__file__).parent / "results" / "carry.json"
+    help_ = "JSON file (results/carry.json beside this script)"
+    add("--output", type=pathlib.Path, default=path, help=help_)
+    add("--check", action="store_true", help=f"exit 1 if one is over {LIMITS}")
+    args = parser.parse_args()
+    report = {
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "load_average_at_start": os.getloadavg()[0],
+        "rows": {},
+    }
+    print(TABLE_HEAD)
+    for name, options in OPTIONS.items():
+        with concurrent.futures.ProcessPoolExecutor(
+            1, mp_context=multiprocessing.get_context("spawn")
+        ) as pool:
+            row = pool.submit(measure, options, args.layers).result()
+        report["rows"][name] = row
+        print(table_line(name, row), flush=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    over = [
+        f"{name}: {what} is {row[what]:.2f}, over {limit}"
+        for name, row in report["rows"].items()
+        for what, limit in LIMITS.items()
+        if not row[what] <= limit
+    ]
+    print(f"All figures are in {args.output}", *(over if args.check else []), sep="\n")
+    return bool(args.check and over)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

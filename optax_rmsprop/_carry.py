@@ -1,0 +1,355 @@
+"""A run of another framework, and how it goes on in JAX: what all sources share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_rmsprop import dialects
+from optax_rmsprop._port import Correspondence, Port
+from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
+
+FROZEN = "frozen"  # the label of what no group trains
+# Our averages, and torch's; var is square_avg - grad_avg².
+MOMENTS = {"nu": "square_avg", "mu": "grad_avg", "var": "", "trace": "momentum_buffer"}
+
+
+class Group(NamedTuple):
+    """Parameters with common options."""
+
+    dialect: str
+    lr: float
+    options: dict[str, Any]  # the dialect's other arguments
+    step: int  # updates made
+
+    @property
+    def slots(self) -> list[str]:
+        """The slots of each of its parameters, by torch's names."""
+        needed = {
+            "square_avg": True,
+            "grad_avg": self.options["centered"],
+            "momentum_buffer": self.options["momentum"] > 0,
+        }
+        return [slot for slot, is_needed in needed.items() if is_needed]
+
+    def transform(self, learning_rate: Any) -> optax.GradientTransformationExtraArgs:
+        """The optimizer."""
+        return getattr(dialects, self.dialect)(learning_rate, **self.options)
+
+
+class Source(NamedTuple):
+    """What of a run is carried, in NumPy."""
+
+    arrays: dict[str, np.ndarray]  # parameters and buffers, tied ones once
+    tied: dict[str, str]  # further names of tied parameters, to those in arrays
+    groups: dict[str, Group]  # by label
+    labels: dict[str, str]  # of each array, its group or FROZEN
+    slots: dict[str, dict[str, np.ndarray]]  # of each parameter, by torch's names
+
+    def check(self) -> None:
+        """Refuse slots that are not as their options want them; report NaN in them.
+
+        Raises:
+          ValueError: a slot is missing or of another shape than its parameter.
+        """
+        broken = []
+        for name, slots in self.slots.items():
+            group = self.groups[self.labels[name]]
+            for slot in group.slots:
+                if slot not in slots:
+                    raise ValueError(
+                        f"the optimizer's state of `{name}` must have {slot}, which "
+                        f"its options need, got {', '.join(slots) or 'nothing'}; give "
+                        "the options that it was trained with"
+                    )
+                if slots[slot].shape != self.arrays[name].shape:
+                    raise ValueError(
+                        f"{slot} of `{name}` must have its parameter's shape "
+                        f"{self.arrays[name].shape}, got {slots[slot].shape}; model "
+                        "and optimizer must be of the same run"
+                    )
+                if not np.isfinite(slots[slot]).all():
+                    broken.append(f"{slot} of `{name}`")
+        _report(broken)
+
+
+def probe(source: Source, port: Port) -> Correspondence:
+    """Where the port puts every element of the source."""
+    shapes = {name: array.shape for name, array in source.arrays.items()}
+    trained = [name for name, label in source.labels.items() if label != FROZEN]
+
+    def with_tied(arrays: dict[str, np.ndarray]) -> Any:
+        arrays.update({name: arrays[first] for name, first in source.tied.items()})
+        return port(arrays)
+
+    return Correspondence(with_tied, shapes, trained)
+
+
+def carry(source: Source, port: Port, learning_rate: Any) -> tuple[Any, Any, Any]:
+    """Parameters, optimizer and its state, in JAX."""
+    source.check()
+    places = probe(source, port)
+    # An empty leaf comes from nowhere, and may be in any group.
+    labels = jax.tree.map(lambda label: label or "0", places.label(source.labels))
+    params = _to_jax(places, source.arrays)
+    rates = _learning_rates(learning_rate, source)
+    transforms = {
+        label: group.transform(rates[label]) for label, group in source.groups.items()
+    }
+    is_one = set(jax.tree.leaves(labels)) == {"0"}
+    if is_one:
+        tx = transforms["0"]
+    else:
+        tx = optax.partition(transforms | {FROZEN: optax.set_to_zero()}, labels)
+    if all(group.step for group in source.groups.values()):
+        state = jax.eval_shape(tx.init, params)  # all of it is filled
+    else:
+        state = tx.init(params)
+    if is_one:
+        return params, tx, _filled(state, places, source, "0")
+    inner_states = {
+        label: masked._replace(
+            inner_state=_filled(masked.inner_state, places, source, label)
+        )
+        for label, masked in state.inner_states.items()
+        if label != FROZEN
+    }
+    return params, tx, state._replace(inner_states=state.inner_states | inner_states)
+
+
+class WayBack:
+    """Parameters and an optimizer state, as what they are in the source.
+
+    Everything is checked when it is made; then the arrays come one after another, so
+    that never all of them are there twice.
+    """
+
+    def __init__(self, params: Any, opt_state: Any, source: Source, port: Port):
+        """Check that parameters and state belong to the source and the port.
+
+        Raises:
+          ValueError: they do not.
+        """
+        self._source, self._params = source, params
+        self._places = places = probe(source, port)
+        places.check_tree("params", params)
+        for names, leaf in zip(places.sources, jax.tree.leaves(params), strict=True):
+            for name in names:
+                wanted = source.arrays[name].dtype
+                if jnp.result_type(leaf) != wanted:
+                    raise ValueError(
+                        f"`params` must keep the dtype of `{name}`, {wanted}, got "
+                        f"{jnp.result_type(leaf)}"
+                    )
+        self._groups = {}  # label: the steps made, and of each slot its tree
+        for label, group in source.groups.items():
+            step, slots = _slots_in(_state_of(opt_state, label), group)
+            for slot in slots.values():
+                places.check_tree("opt_state", _without_masks(slot, params))
+            if step:
+                self._groups[label] = step, slots
+
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Parameters and buffers."""
+        return self._places.bring_back(self._params)
+
+    def slots(self) -> Iterator[tuple[str, int, str, np.ndarray]]:
+        """Of each slot: its parameter, the steps made, its name and its value."""
+        broken = []
+        for label, (step, slots) in self._groups.items():
+            for slot, tree in slots.items():
+                whole = _without_masks(tree, self._params)
+                masked = self._masked(tree)
+                for name, array in self._places.bring_back(whole):
+                    if self._source.labels[name] == label and name not in masked:
+                        if not np.isfinite(array).all():
+                            broken.append(f"{slot} of `{name}`")
+                        yield name, step, slot, array
+        _report(broken)
+
+    def _masked(self, tree: Any) -> set[str]:
+        """The arrays of which a slot's tree has nothing, for another group has them."""
+        leaves = jax.tree.leaves(tree, is_leaf=_is_masked)
+        return {
+            name
+            for leaf, names in zip(leaves, self._places.sources, strict=True)
+            if _is_masked(leaf)
+            for name in names
+        }
+
+
+def _to_jax(places: Correspondence, arrays: dict[str, np.ndarray]) -> Any:
+    """The port's tree in JAX arrays of the source's dtypes."""
+    tree = places.carry(arrays)
+    leaves, structure = jax.tree.flatten(tree)
+    carried = []
+    for path, names, leaf in zip(places.paths, places.sources, leaves, strict=True):
+        array = jnp.array(leaf)  # a copy
+        for name in names:
+            if array.dtype != arrays[name].dtype:
+                raise ValueError(
+                    f"{path} must keep the dtype of `{name}`, {arrays[name].dtype}, "
+                    f"got {array.dtype}; 64 bits need "
+                    "jax.config.update('jax_enable_x64', True); leave out a buffer"
+                )
+        carried.append(array)
+    return jax.tree.unflatten(structure, carried)
+
+
+def _learning_rates(learning_rate: Any, source: Source) -> dict[str, Any]:
+    if learning_rate is None:
+        return {label: group.lr for label, group in source.groups.items()}
+    if not isinstance(learning_rate, list | tuple):
+        return dict.fromkeys(source.groups, learning_rate)
+    if len(learning_rate) != len(source.groups):
+        raise ValueError(
+            f"`learning_rate` must have one for each of {len(source.groups)} groups, "
+            f"got {len(learning_rate)}"
+        )
+    return dict(zip(source.groups, learning_rate, strict=True))
+
+
+def _filled(state: Any, places: Correspondence, source: Source, label: str) -> Any:
+    """The state of one group's transform, with the source's numbers."""
+    if not source.groups[label].step:
+        return state
+
+    def slot(name: str, like: Any) -> Any:
+        arrays = {
+            key: _moment(name, source.slots.get(key, {}), array)
+            for key, array in source.arrays.items()
+        }
+        return jax.tree.map(
+            lambda old, new: old if _is_masked(old) else jnp.array(new, old.dtype),
+            like,
+            places.carry(arrays),
+            is_leaf=_is_masked,
+        )
+
+    parts = []
+    for part in state:
+        carried = {
+            field: slot(field, getattr(part, field))
+            for field in part._fields
+            if field in MOMENTS
+        }
+        if "count" in part._fields:
+            step = source.groups[label].step
+            carried["count"] = jnp.asarray(step, part.count.dtype)
+        parts.append(part._replace(**carried))
+    return tuple(parts)
+
+
+def _moment(name: str, slots: Mapping[str, np.ndarray], like: np.ndarray) -> np.ndarray:
+    """One of our averages from torch's; 0 for what another group has, or none."""
+    if not slots:
+        return np.zeros_like(like)
+    if name != "var":
+        return slots[MOMENTS[name]]
+    mean = slots["grad_avg"].astype(np.result_type(like, np.float32))
+    variance = slots["square_avg"] - _square(mean)
+    # torch's difference can round below 0, where it gives NaN.
+    if np.iscomplexobj(variance):
+        return np.maximum(variance.real, 0) + 1j * np.maximum(variance.imag, 0)
+    return np.maximum(variance, 0)
+
+
+def _square(x: Any) -> Any:
+    """Of either part by itself."""
+    return x.real**2 + 1j * x.imag**2 if np.iscomplexobj(x) else x * x
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _state_of(opt_state: Any, label: str) -> Any:
+    """One group's part of the state."""
+    if not isinstance(opt_state, optax.transforms.PartitionState):
+        return opt_state
+    if label not in opt_state.inner_states:
+        raise ValueError(
+            f"`opt_state` must have the optimizer's group {label}, got the groups "
+            f"{', '.join(sorted(opt_state.inner_states))}; give the optimizer that the "
+            "state was made from"
+        )
+    return opt_state.inner_states[label].inner_state
+
+
+def _slots_in(state: Any, group: Group) -> tuple[int, dict[str, Any]]:
+    """The steps made and torch's slots, as trees, from one group's state."""
+    centered = group.options["centered"]
+    has_momentum = "momentum_buffer" in group.slots
+    wanted = {ScaleByStddevState if centered else ScaleByRmsState}
+    if has_momentum:
+        wanted.add(optax.TraceState)
+    kinds = [type(part) for part in state]
+    averages = {ScaleByRmsState, ScaleByStddevState, optax.TraceState} & {*kinds}
+    if averages != wanted:
+        raise ValueError(
+            "`opt_state` must have the averages of torch's options, "
+            f"{sorted(t.__name__ for t in wanted)}, got "
+            f"{sorted(t.__name__ for t in averages)}; give the state that goes with "
+            "this optimizer"
+        )
+    parts = dict(zip(kinds, state, strict=True))
+    trees = {}
+    if centered:
+        part = parts[ScaleByStddevState]
+        trees["grad_avg"] = part.mu
+        trees["square_avg"] = jax.tree.map(
+            lambda var, mu: var if _is_masked(var) else var + _square(mu),
+            part.var,
+            part.mu,
+            is_leaf=_is_masked,
+        )
+    else:
+        part = parts[ScaleByRmsState]
+        trees["square_avg"] = part.nu
+    if has_momentum:
+        # The learning rate, where it is inside the buffer, stands before it.
+        inside = kinds.index(optax.TraceState) > kinds.index(type(part)) + 1
+        wants_inside = group.options.get("lr_in_momentum", False)
+        if inside != wants_inside:
+            where = {True: "inside", False: "outside"}
+            raise ValueError(
+                "`opt_state` must have the learning rate where the optimizer has it, "
+                f"{where[wants_inside]} the momentum buffer, got it {where[inside]}; "
+                "learning rates of the past cannot be taken out of a buffer, nor put "
+                "into it: carry it back to the optimizer it came from"
+            )
+        trees["momentum_buffer"] = parts[optax.TraceState].trace
+    return int(part.count), trees
+
+
+def _without_masks(tree: Any, params: Any) -> Any:
+    """A slot's tree with 0 for what another group has."""
+    structure: Any = jax.tree.structure(params)
+    if structure != jax.tree.structure(tree, is_leaf=_is_masked):
+        return tree
+    return jax.tree.map(
+        lambda leaf, p: (
+            np.broadcast_to(np.zeros((), p.dtype), p.shape)
+            if _is_masked(leaf)
+            else leaf
+        ),
+        tree,
+        params,
+        is_leaf=_is_masked,
+    )
+
+
+def _report(broken: list[str]) -> None:
+    if broken:
+        warnings.warn(
+            f"carried as it is, with NaN or infinity: {', '.join(broken)}; those "
+            "parameters will not train any more",
+            RuntimeWarning,
+            stacklevel=5,  # whoever called from_torch, say
+        )

@@ -1,0 +1,155 @@
+"""Runs of Keras 3, recorded, go on in JAX."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_rmsprop import from_keras
+
+RECORD = json.loads(
+    (Path(__file__).parent / "peers" / "recorded" / "runs_keras.json").read_text()
+)
+
+
+class Variable:
+    def __init__(self, path, value):
+        self.path = path
+        self.value = np.asarray(value, np.float32)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.value, dtype)
+
+
+class Model:
+    """What from_keras asks of a keras.Model, from the record."""
+
+    def __init__(self, half):
+        self.weights = [Variable(*pair) for pair in half["weights"]]
+        trainable = half["trainable"]
+        self.trainable_variables = [v for v in self.weights if v.path in trainable]
+
+
+class RMSprop:
+    """What from_keras asks of a keras.optimizers.RMSprop, from the record."""
+
+    def __init__(self, half):
+        self.config = half["config"]
+        self.iterations = half["iterations"]
+        self.variables = [Variable(*pair) for pair in half["variables"]]
+        self.excluded = half["excluded"]
+
+    def get_config(self):
+        return dict(self.config)
+
+    def _use_weight_decay(self, variable):
+        return not any(word in variable.path for word in self.excluded)
+
+
+RMSprop.__module__ = "keras.src.optimizers.rmsprop"
+
+
+def port(weights):
+    return {
+        "frozen": weights["net/frozen/kernel"],
+        "dense": {
+            "kernel": weights["net/dense/kernel"],
+            "bias": weights["net/dense/bias"],
+        },
+    }
+
+
+def carried(run, learning_rate=None, port=port, **changes):
+    half = json.loads(json.dumps(run["half"]))  # a copy
+    half["config"].update(changes)
+    return from_keras(Model(half), RMSprop(half), port, learning_rate)
+
+
+@pytest.mark.parametrize("run", RECORD["runs"], ids=lambda run: str(run["options"]))
+def test_keras_goes_on(run):
+    assert RECORD["versions"]["keras"]
+    rates = jnp.asarray(RECORD["learning_rates"])
+    params, tx, state = carried(run, rates.__getitem__)
+    update = jax.jit(tx.update)
+    gradients = {k: np.asarray(g, np.float32) for k, g in RECORD["gradients"].items()}
+    for step in range(RECORD["half"], 2 * RECORD["half"]):
+        grads = {
+            "frozen": np.ones((3, 3), np.float32),
+            "dense": {
+                "kernel": gradients["weight"][step].T,
+                "bias": gradients["bias"][step],
+            },
+        }
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    expected = port({k: np.asarray(v) for k, v in run["end"].items()})
+    for actual, array in zip(
+        jax.tree.leaves(params), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(actual, array, rtol=2e-6, atol=1e-7)
+
+
+def test_the_learning_rate_is_keras():
+    run = RECORD["runs"][0]
+    grads = jax.tree.map(jnp.ones_like, carried(run).params)
+    steps = []
+    for rate in (None, 1.0):
+        params, tx, state = carried(run, rate)
+        steps.append(tx.update(grads, state, params)[0]["dense"]["bias"])
+    rate = RECORD["learning_rates"][RECORD["half"] - 1]
+    np.testing.assert_allclose(steps[0], rate * steps[1], rtol=1e-5)
+
+
+def test_one_that_has_not_stepped():
+    run = json.loads(json.dumps(RECORD["runs"][0]))
+    run["half"]["iterations"] = 0
+    run["half"]["variables"] = []  # as before its build
+    nu = carried(run).opt_state.inner_states["0"].inner_state[0].nu
+    assert not nu["dense"]["kernel"].any()
+
+
+def test_a_schedule_of_keras_must_be_given():
+    run = json.loads(json.dumps(RECORD["runs"][0]))
+    run["half"]["config"]["learning_rate"] = {"class_name": "CosineDecay"}
+    with pytest.raises(ValueError, match="`learning_rate` must be given, because"):
+        carried(run)
+    assert carried(run, 0.1).params
+
+
+@pytest.mark.parametrize(
+    "option", [{"clipnorm": 1.0}, {"use_ema": True}, {"gradient_accumulation_steps": 2}]
+)
+def test_what_cannot_be_reproduced_is_refused(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"dialects.keras: `{name}` must be"):
+        carried(RECORD["runs"][0], **option)
+
+
+def test_another_optimizer():
+    class Adam:
+        pass
+
+    half = RECORD["runs"][0]["half"]
+    with pytest.raises(TypeError, match=r"must be a keras.optimizers.RMSprop .*Adam"):
+        from_keras(Model(half), Adam(), port)
+
+
+def test_equal_paths():
+    half = RECORD["runs"][0]["half"]
+    model = Model(half)
+    model.weights[1].path = model.weights[0].path
+    with pytest.raises(ValueError, match="a path of its own for each variable"):
+        from_keras(model, RMSprop(half), port)
+
+
+def test_nan_is_reported():
+    run = json.loads(json.dumps(RECORD["runs"][0]))
+    path, values = run["half"]["variables"][2]
+    assert path.endswith("velocity")
+    run["half"]["variables"][2] = [path, (np.asarray(values) * np.nan).tolist()]
+    with pytest.warns(RuntimeWarning, match="square_avg of `net/dense/kernel`"):
+        carried(run)
