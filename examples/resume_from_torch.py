@@ -176,7 +176,11 @@ def run_that_moves(
     in_flax = FlaxLeg(checkpoint, schedule)
     second = list(in_flax.train(legs[1]()))
 
-    network, optimizer = make_torch(options)  # as in a process of its own
+    # As in a process of its own. What the port leaves out comes from the checkpoint.
+    network, optimizer = make_torch(options)
+    saved = torch.load(checkpoint, weights_only=True)
+    network.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
     to_torch(in_flax.variables, in_flax.state, network, optimizer, port)
     third = list(train_in_torch(network, optimizer, schedule, 2 * steps, legs[2]()))
     return network, [first, second, third]
@@ -223,7 +227,7 @@ def command_line() -> argparse.ArgumentParser:
     for name, kind, default, text in (
         ("epochs", between(int, 1, 1000), 5, "of each of the three legs"),
         ("batch-size", between(int, 1, TRAINED_ON), 32, "digits in a step"),
-        ("learning-rate", between(float, 0, 1), 0.01, "at first; falls as a cosine"),
+        ("learning-rate", between(float, 0, 0.1), 0.01, "at first; falls as a cosine"),
         ("seed", between(int, 0, 2**32 - 1), 0, "of the first weights and the batches"),
         ("output", Path, figure, "file of the figure; the checkpoint is beside it"),
     ):
@@ -233,8 +237,14 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Train both runs, and report how far they are apart."""
-    options = command_line().parse_args(argv)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    parser = command_line()
+    options = parser.parse_args(argv)
+    if options.output.suffix != ".png":
+        parser.error(f"--output: must end in .png, got {options.output}")
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: must be in a folder that can be made: {error}")
     torch.set_num_threads(1)  # more would fight with JAX's over the cores
     images, held_out_images, labels, held_out_labels = split_digits()
     steps = options.epochs * (TRAINED_ON // options.batch_size)

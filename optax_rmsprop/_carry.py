@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from optax_rmsprop import dialects
+from optax_rmsprop._numerics import by_parts
 from optax_rmsprop._port import Correspondence, Port
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
 
@@ -50,6 +51,7 @@ class Source(NamedTuple):
     tied: dict[str, str]  # further names of tied parameters, to those in arrays
     groups: dict[str, Group]  # by label
     labels: dict[str, str]  # of each array, its group or FROZEN
+    members: dict[str, str]  # of each parameter, its group, trained or not
     slots: dict[str, dict[str, np.ndarray]]  # of each parameter, by torch's names
 
     def check(self) -> None:
@@ -140,20 +142,30 @@ class WayBack:
         self._places = places = probe(source, port)
         places.check_tree("params", params)
         for names, leaf in zip(places.sources, jax.tree.leaves(params), strict=True):
+            array = np.asarray(leaf)  # raises, if it has been deleted
             for name in names:
                 wanted = source.arrays[name].dtype
-                if jnp.result_type(leaf) != wanted:
+                if array.dtype != wanted:
                     raise ValueError(
                         f"`params` must keep the dtype of `{name}`, {wanted}, got "
-                        f"{jnp.result_type(leaf)}"
+                        f"{array.dtype}"
                     )
-        self._groups = {}  # label: the steps made, and of each slot its tree
-        for label, group in source.groups.items():
-            step, slots = _slots_in(_state_of(opt_state, label), group)
-            for slot in slots.values():
-                places.check_tree("opt_state", _without_masks(slot, params))
-            if step:
-                self._groups[label] = step, slots
+        self.unstepped: set[str] = set()  # parameters of groups without a step
+        # Of each group's slots: name, steps made, tree, and whose it is.
+        self._slots: list[tuple[str, int, Any, set[str]]] = []
+        broken: list[str] = []
+        for label, state in _states(opt_state, source).items():
+            step, slots = _slots_in(state, source.groups[label])
+            for slot, tree in slots.items():
+                whole = _without_masks(tree, params)
+                places.check_tree("opt_state", whole)
+                trained = self._names_in(label, tree)
+                broken += self._unfit(slot, whole, trained)
+                if step:
+                    self._slots.append((slot, step, whole, trained))
+                else:
+                    self.unstepped |= trained
+        _report(broken)
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Parameters and buffers."""
@@ -161,33 +173,70 @@ class WayBack:
 
     def slots(self) -> Iterator[tuple[str, int, str, np.ndarray]]:
         """Of each slot: its parameter, the steps made, its name and its value."""
-        broken = []
-        for label, (step, slots) in self._groups.items():
-            for slot, tree in slots.items():
-                whole = _without_masks(tree, self._params)
-                masked = self._masked(tree)
-                for name, array in self._places.bring_back(whole):
-                    if self._source.labels[name] == label and name not in masked:
-                        if not np.isfinite(array).all():
-                            broken.append(f"{slot} of `{name}`")
-                        yield name, step, slot, array
-        _report(broken)
+        for slot, step, whole, trained in self._slots:
+            for name, array in self._places.bring_back(whole):
+                if name in trained:
+                    yield name, step, slot, array
 
-    def _masked(self, tree: Any) -> set[str]:
-        """The arrays of which a slot's tree has nothing, for another group has them."""
+    def _names_in(self, label: str, tree: Any) -> set[str]:
+        """The parameters that a slot's tree has, which must be in the same group."""
         leaves = jax.tree.leaves(tree, is_leaf=_is_masked)
-        return {
+        names = {
             name
             for leaf, names in zip(leaves, self._places.sources, strict=True)
-            if _is_masked(leaf)
+            if not _is_masked(leaf)
             for name in names
         }
+        for name in sorted(names):
+            group = self._source.members.get(name)
+            if group != label:
+                where = "no group" if group is None else f"group {group}"
+                raise ValueError(
+                    f"`optimizer` must have `{name}` in group {label}, as the run has, "
+                    f"got it in {where}; make its groups like those of the run"
+                )
+        return names
+
+    def _unfit(self, slot: str, whole: Any, names: set[str]) -> Iterator[str]:
+        """Refuse a slot of another kind of number; name what is not finite."""
+        for path, of_leaf, leaf in zip(
+            self._places.paths,
+            self._places.sources,
+            jax.tree.leaves(whole),
+            strict=True,
+        ):
+            for name in names.intersection(of_leaf):
+                array = np.asarray(leaf)
+                wanted = self._source.arrays[name].dtype
+                kinds = [
+                    jnp.issubdtype(d, jnp.complexfloating)
+                    for d in (array.dtype, wanted)
+                ]
+                if not jnp.issubdtype(array.dtype, jnp.inexact) or kinds[0] != kinds[1]:
+                    raise ValueError(
+                        f"{path} of {slot} in `opt_state` must be floating point as "
+                        f"`{name}`, {wanted}, got {array.dtype}"
+                    )
+                if not (np.abs(array) <= float(jnp.finfo(wanted).max)).all():
+                    yield f"{slot} of `{name}`"
+
+
+def _states(opt_state: Any, source: Source) -> dict[str, Any]:
+    """The state of each group's transform."""
+    if not isinstance(opt_state, optax.transforms.PartitionState):
+        return {"0": opt_state}
+    labels = opt_state.inner_states.keys() - {FROZEN}
+    if labels != source.groups.keys():
+        raise ValueError(
+            f"`opt_state` must have the optimizer's groups {', '.join(source.groups)}, "
+            f"got {', '.join(sorted(labels))}; make its groups like those of the run"
+        )
+    return {label: opt_state.inner_states[label].inner_state for label in source.groups}
 
 
 def _to_jax(places: Correspondence, arrays: dict[str, np.ndarray]) -> Any:
     """The port's tree in JAX arrays of the source's dtypes."""
-    tree = places.carry(arrays)
-    leaves, structure = jax.tree.flatten(tree)
+    leaves = places.carry(arrays.__getitem__)
     carried = []
     for path, names, leaf in zip(places.paths, places.sources, leaves, strict=True):
         array = jnp.array(leaf)  # a copy
@@ -199,7 +248,7 @@ def _to_jax(places: Correspondence, arrays: dict[str, np.ndarray]) -> Any:
                     "jax.config.update('jax_enable_x64', True); leave out a buffer"
                 )
         carried.append(array)
-    return jax.tree.unflatten(structure, carried)
+    return places.unflatten(carried)
 
 
 def _learning_rates(learning_rate: Any, source: Source) -> dict[str, Any]:
@@ -220,16 +269,19 @@ def _filled(state: Any, places: Correspondence, source: Source, label: str) -> A
     if not source.groups[label].step:
         return state
 
-    def slot(name: str, like: Any) -> Any:
-        arrays = {
-            key: _moment(name, source.slots.get(key, {}), array)
-            for key, array in source.arrays.items()
-        }
-        return jax.tree.map(
-            lambda old, new: old if _is_masked(old) else jnp.array(new, old.dtype),
-            like,
-            places.carry(arrays),
-            is_leaf=_is_masked,
+    def slot(field: str, like: Any) -> Any:
+        def array_of(name: str) -> np.ndarray:
+            if source.labels[name] == label:
+                return _moment(field, source.slots[name])
+            return source.arrays[name]  # of another group, and not used
+
+        leaves = jax.tree.leaves(like, is_leaf=_is_masked)
+        carried = places.carry(array_of)
+        return places.unflatten(
+            [
+                old if _is_masked(old) else jnp.array(new, old.dtype)
+                for old, new in zip(leaves, carried, strict=True)
+            ]
         )
 
     parts = []
@@ -246,40 +298,21 @@ def _filled(state: Any, places: Correspondence, source: Source, label: str) -> A
     return tuple(parts)
 
 
-def _moment(name: str, slots: Mapping[str, np.ndarray], like: np.ndarray) -> np.ndarray:
-    """One of our averages from torch's; 0 for what another group has, or none."""
-    if not slots:
-        return np.zeros_like(like)
-    if name != "var":
-        return slots[MOMENTS[name]]
-    mean = slots["grad_avg"].astype(np.result_type(like, np.float32))
-    variance = slots["square_avg"] - _square(mean)
+def _moment(field: str, slots: Mapping[str, np.ndarray]) -> np.ndarray:
+    """One of our averages from torch's."""
+    if field != "var":
+        return slots[MOMENTS[field]]
+    square = slots["square_avg"]
+    mean = slots["grad_avg"].astype(np.result_type(square, np.float32))
     # torch's difference can round below 0, where it gives NaN.
-    if np.iscomplexobj(variance):
-        return np.maximum(variance.real, 0) + 1j * np.maximum(variance.imag, 0)
-    return np.maximum(variance, 0)
-
-
-def _square(x: Any) -> Any:
-    """Of either part by itself."""
-    return x.real**2 + 1j * x.imag**2 if np.iscomplexobj(x) else x * x
+    if np.iscomplexobj(square):
+        real = np.maximum(square.real - mean.real**2, 0)
+        return real + 1j * np.maximum(square.imag - mean.imag**2, 0)
+    return np.maximum(square - mean * mean, 0)
 
 
 def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
-
-
-def _state_of(opt_state: Any, label: str) -> Any:
-    """One group's part of the state."""
-    if not isinstance(opt_state, optax.transforms.PartitionState):
-        return opt_state
-    if label not in opt_state.inner_states:
-        raise ValueError(
-            f"`opt_state` must have the optimizer's group {label}, got the groups "
-            f"{', '.join(sorted(opt_state.inner_states))}; give the optimizer that the "
-            "state was made from"
-        )
-    return opt_state.inner_states[label].inner_state
 
 
 def _slots_in(state: Any, group: Group) -> tuple[int, dict[str, Any]]:
@@ -289,6 +322,10 @@ def _slots_in(state: Any, group: Group) -> tuple[int, dict[str, Any]]:
     wanted = {ScaleByStddevState if centered else ScaleByRmsState}
     if has_momentum:
         wanted.add(optax.TraceState)
+    if not isinstance(state, tuple):
+        raise ValueError(
+            f"`opt_state` must be the state of the run's optimizer, got {state!r}"
+        )
     kinds = [type(part) for part in state]
     averages = {ScaleByRmsState, ScaleByStddevState, optax.TraceState} & {*kinds}
     if averages != wanted:
@@ -300,11 +337,15 @@ def _slots_in(state: Any, group: Group) -> tuple[int, dict[str, Any]]:
         )
     parts = dict(zip(kinds, state, strict=True))
     trees = {}
+
+    def uncentered(var: jax.Array, mu: jax.Array) -> jax.Array:
+        return var + mu * mu
+
     if centered:
         part = parts[ScaleByStddevState]
         trees["grad_avg"] = part.mu
         trees["square_avg"] = jax.tree.map(
-            lambda var, mu: var if _is_masked(var) else var + _square(mu),
+            lambda var, mu: var if _is_masked(var) else by_parts(uncentered, var, mu),
             part.var,
             part.mu,
             is_leaf=_is_masked,

@@ -18,6 +18,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 Port = Callable[[dict[str, np.ndarray]], Any]
 
 EXACT = 2**24  # up to here float32, which a port may ask for, tells integers apart
+PROOF = 2**10  # and up to here float16
 
 
 class Correspondence:
@@ -50,16 +51,42 @@ class Correspondence:
         # Of each leaf, the arrays that it is made of.
         self.sources = [self._names_at(np.ravel(places)) for places in self._places]
 
-    def carry(self, arrays: Mapping[str, np.ndarray]) -> Any:
-        """The tree that the port makes of other arrays of the same shapes."""
-        return self._call(arrays)
+    def carry(self, array_of: Callable[[str], np.ndarray]) -> Iterator[np.ndarray]:
+        """The leaves of the port's tree, in turn, made of other arrays by name.
 
-    def _call(self, arrays: Mapping[str, np.ndarray]) -> Any:
+        The port is not asked again: it never sees a weight.
+        """
+        for places, names in zip(self._places, self.sources, strict=True):
+            yield self._gathered(places, names, array_of)
+
+    def _gathered(
+        self,
+        places: np.ndarray,
+        names: list[str],
+        array_of: Callable[[str], np.ndarray],
+    ) -> np.ndarray:
+        if len(names) == 1:
+            start, _ = self._spans[names[0]]
+            return array_of(names[0]).ravel()[places - start]
+        arrays = [array_of(name) for name in names]
+        dtype = np.result_type(*arrays) if arrays else np.float32
+        leaf = np.empty(places.shape, dtype)
+        for name, array in zip(names, arrays, strict=True):
+            start, end = self._spans[name]
+            here = (places >= start) & (places < end)
+            leaf[here] = array.ravel()[places[here] - start]
+        return leaf
+
+    def unflatten(self, leaves: list[Any]) -> Any:
+        """The port's tree with these leaves."""
+        return jax.tree.unflatten(self._structure, leaves)
+
+    def _call(self, arrays: dict[str, np.ndarray]) -> Any:
         try:
             return self._port(dict(arrays))
         except KeyError as error:
-            (name,) = error.args
-            if name in arrays:
+            name = error.args[0] if error.args else None
+            if name is None or name in arrays:
                 raise
             alike = difflib.get_close_matches(str(name), arrays) or arrays
             raise KeyError(
@@ -142,41 +169,62 @@ class Correspondence:
         return [names[i] for i in found]
 
     def _probe(self) -> tuple[list[str], list[np.ndarray], Any]:
-        leaves, structure = self._digits(lambda places: places % EXACT, np.float32)
+        leaves, structure = self._digits(
+            lambda places: places & (EXACT - 1), np.float32
+        )
         paths = [keystr(path) or "the root" for path, _ in leaves]
         places = [_whole(leaf) for leaf in _emptied(leaves)]
         if self._ends[-1:].sum() > EXACT:
             # Half as much memory, and exact up to 34 thousand million elements.
-            high, _ = self._digits(lambda places: places // EXACT, np.float16)
+            high, _ = self._digits(lambda places: places >> 24, np.float16)
             low = _emptied(places)
             places = [
                 _joined(digits, _whole(leaf))
                 for digits, leaf in zip(low, _emptied(high), strict=True)
             ]
+        # Numbers of another sign, size and dtype: what is not moved is now elsewhere.
+        proof, _ = self._digits(
+            lambda places: places & (PROOF - 1), np.float16, -1 / PROOF
+        )
+        for path, here, leaf in zip(paths, places, _emptied(proof), strict=True):
+            if not np.array_equal(-PROOF * leaf, (here & (PROOF - 1)) + 1):
+                raise _changed(path)
         return paths, places, structure
 
     def _digits(
-        self, digit: Callable[[np.ndarray], np.ndarray], dtype: type[np.floating]
+        self,
+        digit: Callable[[np.ndarray], np.ndarray],
+        dtype: type[np.floating],
+        scale: float = 1,
     ) -> tuple[list[tuple[Any, np.ndarray]], Any]:
         """The leaves, with their paths, of the port's tree of digits."""
         arrays = {
             # From 1, so that a zero that the port puts in shows.
-            name: (digit(np.arange(start, end)) + 1).astype(dtype).reshape(shape)
+            name: (scale * (digit(np.arange(start, end)) + 1))
+            .astype(dtype)
+            .reshape(shape)
             for (name, shape), (start, end) in zip(
                 self._shapes.items(), self._spans.values(), strict=True
             )
         }
-        return tree_flatten_with_path(self._call(arrays))
+        leaves, structure = tree_flatten_with_path(self._call(arrays))
+        for i, (path, leaf) in enumerate(leaves):
+            array = np.asarray(leaf)
+            # One that asks for float32 gets it, and may do so.
+            if array.dtype not in (dtype, np.float32):
+                raise ValueError(
+                    f"{keystr(path) or 'the root'} must be made of the model's arrays "
+                    f"in their dtype, got {array.dtype} of {np.dtype(dtype)}; do not "
+                    "cast, and add no leaves"
+                )
+            leaves[i] = path, array
+        return leaves, structure
 
     def _check(self, needed: Collection[str]) -> None:
         used = np.zeros(self._ends[-1:].sum(), bool)
         for path, places in zip(self.paths, self._places, strict=True):
             if not ((places >= 0) & (places < len(used))).all():
-                raise ValueError(
-                    f"the port must only move values, but {path} has others; let it "
-                    "rename, reshape, transpose, split, concatenate and stack, and "
-                    "nothing else"
-                )
+                raise _changed(path)
             used[places] = True
         if sum(places.size for places in self._places) > np.count_nonzero(used):
             flat = np.concatenate([np.ravel(places) for places in self._places])
@@ -194,6 +242,13 @@ class Correspondence:
                 )
 
 
+def _changed(path: str) -> ValueError:
+    return ValueError(
+        f"the port must only move values, but {path} has others; let it rename, "
+        "reshape, transpose, split, concatenate and stack, and nothing else"
+    )
+
+
 def _emptied(leaves: list[Any]) -> Iterator[Any]:
     """The items in turn, taken out of the list so that their memory is free again."""
     leaves.reverse()
@@ -202,9 +257,8 @@ def _emptied(leaves: list[Any]) -> Iterator[Any]:
         yield leaf[1] if isinstance(leaf, tuple) else leaf
 
 
-def _whole(leaf: Any) -> np.ndarray:
+def _whole(values: np.ndarray) -> np.ndarray:
     """What a leaf of digits, which start from 1, holds from 0; -1 is none."""
-    values = np.asarray(leaf)
     with np.errstate(invalid="ignore"):  # infinity and NaN come out as none, too
         whole = values.astype(np.int32)
     whole[...] = np.where(whole == values, whole - 1, -1)

@@ -51,7 +51,7 @@ def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Source:
             )
         return names[parameter]
 
-    once = {k: t for k, t in model.state_dict().items() if k not in tied}
+    once = {name: parameter for parameter, name in names.items()} | _buffers(model)
     frozen = {name for p, name in names.items() if not p.requires_grad}
     groups, states = optimizer.param_groups, optimizer.state
     return _source(once, groups, states, name_of, frozen, tied)
@@ -63,20 +63,34 @@ def read_checkpoint(
     names: Sequence[str] | None,
 ) -> Source:
     """Read the state_dicts of a model and an optimizer."""
+    for argument, value in (("model", model), ("optimizer", optimizer)):
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"`{argument}` must be a state_dict, got {type(value).__name__}; for "
+                "live ones there is from_torch"
+            )
     if not {"state", "param_groups"} <= optimizer.keys():
         raise ValueError(
             "`optimizer` must be the state_dict of an optimizer, with state and "
             f"param_groups, got one with {', '.join(map(str, optimizer))}"
         )
     groups = optimizer["param_groups"]
+    # In the format of torch.distributed.checkpoint names stand in place of numbers.
+    own = [
+        name
+        for group in groups
+        for name in group.get("param_names", group["params"])
+        if isinstance(name, str)
+    ]
     if names is None:
-        # In the format of torch.distributed.checkpoint names stand in place of numbers.
-        names = [
-            name
-            for group in groups
-            for name in group.get("param_names", group["params"])
-            if isinstance(name, str)
-        ]
+        names = own
+    elif not isinstance(names, list | tuple):
+        raise TypeError(f"`names` must be a list, got {type(names).__name__}")
+    elif own and list(names) != own:
+        raise ValueError(
+            f"`names` must be the checkpoint's own, {', '.join(own)}, got "
+            f"{', '.join(names)}; leave them out"
+        )
     places = [place for group in groups for place in group["params"]]
     _check_names(names, len(places), model)
     name_of = dict(zip(places, names, strict=True)).__getitem__
@@ -148,13 +162,17 @@ def _source(
 ) -> Source:
     """Put together what both kinds of reading give."""
     arrays = {name: _to_numpy(name, t) for name, t in state_dict.items()}
-    source = Source(arrays, dict(tied or {}), {}, dict.fromkeys(arrays, FROZEN), {})
+    labels = dict.fromkeys(arrays, FROZEN)
+    source = Source(arrays, dict(tied or {}), {}, labels, {}, {})
+    owned: set[Any] = set()
     for number, group in enumerate(groups):
         label = str(number)
+        owned |= {*group["params"]}
         of_group = {name_of(p): states.get(p) for p in group["params"]}
-        step = max((int(s["step"]) for s in of_group.values() if s), default=0)
+        step = max((_step(n, s) for n, s in of_group.items() if s), default=0)
         source.groups[label] = _group(label, group, step)
         for name, state in of_group.items():
+            source.members[name] = label
             if name not in frozen and (state or not step):
                 source.labels[name] = label
             if state and name not in frozen:
@@ -163,7 +181,28 @@ def _source(
                     for slot in SLOTS
                     if slot in state
                 }
+    if foreign := states.keys() - owned:
+        raise ValueError(
+            "`optimizer` must have a state for its own parameters only, got one for "
+            f"{', '.join(map(str, foreign))}, which no group has"
+        )
     return source
+
+
+def _step(name: str, state: Mapping[str, Any]) -> int:
+    if "step" not in state:
+        raise ValueError(
+            f"the optimizer's state of `{name}` must have its step, got "
+            f"{', '.join(state)}"
+        )
+    return int(state["step"])
+
+
+def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Those that belong to the model's state."""
+    kept = model.state_dict().keys()
+    named = model.named_buffers(remove_duplicate=False)
+    return {name: buffer for name, buffer in named if name in kept}
 
 
 def _group(label: str, group: Mapping[str, Any], step: int) -> Group:
@@ -225,9 +264,15 @@ def write(
     """Copy parameters, buffers and slots into torch's objects."""
     import torch
 
-    targets = model.state_dict()  # shares the model's memory
     names, _ = _names(model)
     parameters = {name: parameter for parameter, name in names.items()}
+    targets = parameters | _buffers(model)
+    for name, target in targets.items():
+        if target.numel() > 1 and 0 in target.stride():
+            raise ValueError(
+                f"`{name}` must have a place in memory for each element, got one that "
+                "is expanded; clone it in torch"
+            )
     # Where the number of steps is kept on the parameter's device.
     capturable = {
         p for g in optimizer.param_groups if g.get("capturable") for p in g["params"]
@@ -235,6 +280,8 @@ def write(
     with torch.no_grad():
         for name, array in way.arrays():
             targets[name].copy_(_to_tensor(array))
+    for name in way.unstepped:
+        optimizer.state.pop(parameters[name], None)
     for name, step, slot, array in way.slots():
         parameter = parameters[name]
         device = parameter.device if parameter in capturable else "cpu"

@@ -96,6 +96,12 @@ def _read(
     step = int(optimizer.iterations)
     groups = {"0": Group("keras", rate, options, step)}
     of_optimizer = {v.path.split("/")[-1]: v for v in optimizer.variables}
+    if len(of_optimizer) < len(optimizer.variables):
+        raise ValueError(
+            "`model` must have variables whose paths differ in more than / and _, got "
+            f"{', '.join(arrays)}; give the layers other names"
+        )
+    unclaimed = {name for name in of_optimizer if name.endswith(tuple(SLOTS))}
     labels = dict.fromkeys(arrays, FROZEN)
     slots = {}
     for variable in model.trainable_variables:
@@ -105,6 +111,7 @@ def _read(
             for suffix, name in SLOTS.items()
             if f"{stem}_{suffix}" in of_optimizer
         }
+        unclaimed -= {f"{stem}_{suffix}" for suffix in SLOTS}
         if step and not found:
             continue
         labels[variable.path] = "0"
@@ -115,4 +122,9 @@ def _read(
             labels[variable.path] = "1"
             without = options | {"weight_decay": None}
             groups["1"] = Group("keras", rate, without, step)
-    return Source(arrays, {}, groups, labels, slots)
+    if unclaimed:
+        raise ValueError(
+            "`model` must hold the optimizer's variables, but none of its trainable "
+            f"variables has the slots {', '.join(sorted(unclaimed))}"
+        )
+    return Source(arrays, {}, groups, labels, labels, slots)

@@ -18,11 +18,15 @@ without one. What is not a parameter must be set in Flax by hand:
 torch | Flax
 ---|---
 eps of BatchNorm, LayerNorm and GroupNorm, 1e-5 | epsilon; 1e-5 in BatchNorm, else 1e-6
+a variance without cancellation | use_fast_variance=False in every norm
+LayerNorm over several dimensions | reduction_axes and feature_axes, both
 momentum=0.1 of BatchNorm | momentum=0.9; 0.99 by default
 padding=n of a convolution, 0 by default | padding=n; "SAME" by default
 groups of a convolution | feature_group_count
 padding=n of a transposed one | padding=dilation * (kernel - 1) - n, before and after;
 output_padding | so much more after
+batch_first=False of LSTM and GRU, the default | time_major=True of RNN
+padding_idx of Embedding, whose row has no gradient | a gradient of 0 there, by hand
 
 BatchNorm's running variance is that of a sample (divided by n - 1) in torch, and of the
 population (by n) in Flax: carried, it is the other's until training renews it.
@@ -33,6 +37,7 @@ from __future__ import annotations  # so that help() shows these types by name
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
@@ -42,9 +47,21 @@ Weights = Mapping[str, np.ndarray]
 GATES = {"lstm": "ifgo", "gru": "rzn"}  # in the order in which torch stacks them
 
 
-def linear(weights: Weights, name: str) -> dict[str, np.ndarray]:
-    """`torch.nn.Linear`, (out, in), as `Dense` or `nnx.Linear`, (in, out)."""
-    return _layer(weights, name, kernel=_at(weights, name, "weight").T)
+def linear(
+    weights: Weights, name: str, flattened: tuple[int, ...] | None = None
+) -> dict[str, np.ndarray]:
+    """`torch.nn.Linear`, (out, in), as `Dense` or `nnx.Linear`, (in, out).
+
+    Args:
+      weights: torch's arrays by name.
+      name: of the layer.
+      flattened: where the input is a flattened image, its (channels, height, width) in
+        torch. Flax has the channels last, and so flattens to another order.
+    """
+    weight = _at(weights, name, "weight")
+    if flattened:
+        weight = np.moveaxis(weight.reshape(len(weight), *flattened), 1, -1)
+    return _layer(weights, name, kernel=weight.reshape(len(weight), -1).T)
 
 
 def conv(weights: Weights, name: str) -> dict[str, np.ndarray]:
@@ -56,14 +73,30 @@ def conv(weights: Weights, name: str) -> dict[str, np.ndarray]:
     return _layer(weights, name, kernel=kernel)
 
 
-def conv_transpose(weights: Weights, name: str) -> dict[str, np.ndarray]:
+def conv_transpose(
+    weights: Weights, name: str, groups: int = 1
+) -> dict[str, np.ndarray]:
     """`torch.nn.ConvTranspose1d`, 2d, 3d as `ConvTranspose`, which flips no kernel.
 
-    (in, out, ...) becomes (..., in, out), reversed in space. Flax has no groups here.
+    (in, out, ...) becomes (..., in, out), reversed in space. Flax's has no groups. With
+    them this is for `Conv` with input_dilation=stride, feature_group_count=groups and
+    the padding of a transposed convolution: the same function.
+
+    Raises:
+      ValueError: groups that are not torch's, where the bias tells.
     """
     weight = _at(weights, name, "weight")
-    reversed_ = np.flip(weight, tuple(range(2, weight.ndim)))
-    return _layer(weights, name, kernel=np.moveaxis(reversed_, (0, 1), (-2, -1)))
+    n_in, n_out, *size = weight.shape
+    layer = _layer(weights, name)
+    if "bias" in layer and layer["bias"].size != n_out * groups:
+        raise ValueError(
+            f"`groups` must be torch's, {layer['bias'].size // n_out} in {name!r}, got "
+            f"{groups}"
+        )
+    kernel = np.flip(weight, tuple(range(2, weight.ndim)))
+    kernel = kernel.reshape(groups, n_in // groups, n_out, *size)
+    kernel = np.moveaxis(kernel, (1, 0, 2), (-3, -2, -1))
+    return {"kernel": kernel.reshape(*size, n_in // groups, groups * n_out)} | layer
 
 
 def embedding(weights: Weights, name: str) -> dict[str, np.ndarray]:
@@ -72,9 +105,10 @@ def embedding(weights: Weights, name: str) -> dict[str, np.ndarray]:
 
 
 def norm(weights: Weights, name: str) -> dict[str, np.ndarray]:
-    """`torch.nn.BatchNorm1d`, 2d, 3d, LayerNorm, GroupNorm: what of them is trained."""
-    if _name(name, "weight") not in weights:
-        return {}
+    """`torch.nn.BatchNorm1d`, 2d, 3d, LayerNorm, GroupNorm: what of them is trained.
+
+    Without affine parameters there is nothing to port.
+    """
     return _layer(weights, name, scale=_at(weights, name, "weight"))
 
 
@@ -122,15 +156,18 @@ def one_bias(cell: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of an `lstm` or `gru` as Linen's cells take them.
 
     Where torch has two biases and Flax one, it is their sum. Call it inside the loss:
-    then each of the two gets the gradient, and the step, that it gets in torch.
+    then each of the two gets the gradient, and the step, that it gets in torch. Where
+    torch has none (bias=False), Flax gets 0, which is not trained.
     """
     is_lstm = "ii" in cell
-    layers = {key: dict(layer) for key, layer in cell.items()}
+    layers = {}
+    for key, layer in cell.items():
+        no_bias = np.zeros(layer["kernel"].shape[-1], layer["kernel"].dtype)
+        layers[key] = {"bias": no_bias, **layer}
     for gate in GATES["lstm"] if is_lstm else "rz":
         of_input, hidden = layers["i" + gate], layers["h" + gate]
-        if "bias" in of_input:
-            keeps, loses = (hidden, of_input) if is_lstm else (of_input, hidden)
-            keeps["bias"] = keeps["bias"] + loses.pop("bias")
+        keeps, loses = (hidden, of_input) if is_lstm else (of_input, hidden)
+        keeps["bias"] = keeps["bias"] + loses.pop("bias")
     return layers
 
 
@@ -153,7 +190,7 @@ def nnx_fused(
 
     Or one of `torch.nn.LSTM` as an `nnx.OptimizedLSTMCell` with them.
     """
-    _refuse_projection(weights, name)
+    _check_cell(weights, name, "gru", "lstm")
     return {
         f"dense_{side[0]}": {
             key: value.T
@@ -163,24 +200,27 @@ def nnx_fused(
     }
 
 
-def both_biases(cell: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
+def both_biases(cell: nnx.Module) -> nnx.Module:
     """Give the linear layers of an NNX cell the bias that they lack, and return it.
 
     Flax has one bias where torch has two, which are added; and in `nnx.GRUCell` one of
-    the two is not there. With them the cell trains as torch's does.
+    the two is not there. With them, at first 0, the cell trains as torch's does.
+
+    Raises:
+      TypeError: something without linear layers of its own, such as an `nnx.RNN`.
     """
     from flax import nnx
 
-    for name, layer in list(vars(cell).items()):
-        if isinstance(layer, nnx.Linear) and not layer.use_bias:
-            with_bias = nnx.Linear(
-                layer.in_features,
-                layer.out_features,
-                dtype=layer.dtype,
-                param_dtype=layer.param_dtype,
-                rngs=rngs,
-            )
-            setattr(cell, name, with_bias)
+    layers = [layer for layer in vars(cell).values() if isinstance(layer, nnx.Linear)]
+    if not layers:
+        raise TypeError(
+            f"`cell` must have linear layers, got {type(cell).__name__}; give the cell "
+            "that it runs"
+        )
+    for layer in layers:
+        if not layer.use_bias:
+            zeros = jnp.zeros(layer.out_features, layer.param_dtype)
+            layer.bias, layer.use_bias = nnx.Param(zeros), True
     return cell
 
 
@@ -212,7 +252,7 @@ def _recurrent(
 def _gates(
     weights: Weights, name: str, layer: int, reverse: bool, kind: str
 ) -> dict[str, Any]:
-    _refuse_projection(weights, name)
+    _check_cell(weights, name, kind)
     gates: dict[str, Any] = {}
     for side in ("ih", "hh"):
         arrays = _recurrent(weights, name, side, layer, reverse)
@@ -223,10 +263,17 @@ def _gates(
     return gates
 
 
-def _refuse_projection(weights: Weights, name: str) -> None:
+def _check_cell(weights: Weights, name: str, *kinds: str) -> None:
+    """Refuse a projection, and the weights of another class."""
     projection = _name(name, "weight_hr_l0")
     if projection in weights:
         raise ValueError(
-            f"`{name}` must be without proj_size, which Flax does not have, got "
+            f"the LSTM must be without proj_size, which Flax does not have, got "
             f"{projection}; port it by hand, to a cell of your own"
+        )
+    rows, hidden = _at(weights, name, "weight_hh_l0").shape
+    if rows not in [len(GATES[kind]) * hidden for kind in kinds]:
+        raise ValueError(
+            f"{_name(name, 'weight_hh_l0')} must be of torch's {' or '.join(kinds)}, "
+            f"got one of shape {(rows, hidden)}"
         )

@@ -146,6 +146,33 @@ def test_equal_paths():
         from_keras(model, RMSprop(half), port)
 
 
+def test_an_optimizer_of_another_model():
+    half = json.loads(json.dumps(RECORD["runs"][0]["half"]))
+    for pair in half["variables"]:
+        pair[0] = pair[0].replace("net_", "other_")
+    with pytest.raises(
+        ValueError, match=r"none of its trainable variables has .*other"
+    ):
+        from_keras(Model(half), RMSprop(half), port)
+
+
+def test_a_variable_of_no_optimizer_stays_put():
+    run = json.loads(json.dumps(RECORD["runs"][0]))
+    run["half"]["trainable"].append("net/frozen/kernel")
+    params, tx, state = carried(run)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, state, params)
+    assert not updates["frozen"].any()
+    assert updates["dense"]["bias"].all()
+
+
+def test_paths_that_give_equal_slots():
+    half = json.loads(json.dumps(RECORD["runs"][0]["half"]))
+    half["variables"].append(half["variables"][-1])
+    with pytest.raises(ValueError, match="paths differ in more than / and _"):
+        from_keras(Model(half), RMSprop(half), port)
+
+
 def test_nan_is_reported():
     run = json.loads(json.dumps(RECORD["runs"][0]))
     path, values = run["half"]["variables"][2]

@@ -177,6 +177,28 @@ def bad_checkpoints():
         KeyError,
         "the port asks for 'bias', which the model does not have; it has Bias",
     )
+
+    def string_keys(model, optimizer):
+        optimizer["state"] = {str(k): v for k, v in optimizer["state"].items()}
+
+    def no_step(model, optimizer):
+        del optimizer["state"][0]["step"]
+
+    live = trained(named=False)
+    yield (
+        spoil(string_keys),
+        ValueError,
+        "a state for its own parameters only, got .* 0",
+    )
+    yield spoil(no_step), ValueError, "state of `weight` must have its step"
+    yield spoil(names={"weight", "bias"}), TypeError, "must be a list, got set"
+    yield (
+        spoil(names=["bias", "weight"], named=True),
+        ValueError,
+        "must be the checkpoint's own, weight, bias, got bias, weight",
+    )
+    yield (live[0], {}, port, NAMES), TypeError, "`model` must be a state_dict, got Lin"
+    yield ({}, live[1], port, NAMES), TypeError, "`optimizer` must be a state_dict"
     model, _, *rest = spoil()
     yield (model, {"state": {}}, *rest), ValueError, "must be the state_dict .* state"
 
@@ -246,7 +268,9 @@ def test_a_state_without_the_group():
     state = run.opt_state._replace(inner_states=inner)
     before = {k: t.clone() for k, t in model.state_dict().items()}
     params = jax.tree.map(lambda p: p + 1, run.params)
-    with pytest.raises(ValueError, match="must have the optimizer's group 1, got the"):
+    with pytest.raises(
+        ValueError, match="must have the optimizer's groups 0, 1, got 0;"
+    ):
         to_torch(params, state, model, optimizer, port)
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
 

@@ -150,6 +150,38 @@ def test_conv_transpose(rank, kind):
     close(loaded(ours, tree)(to_last(x)), expected)
 
 
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_grouped_conv_transpose(rank, groups):
+    size = (3, 2, 4)[:rank]
+    options = {"stride": 2, "padding": 1, "output_padding": 1, "groups": groups}
+    layer = getattr(torch.nn, f"ConvTranspose{rank}d")(4, 8, size, **options)
+    weights = weights_of(layer)
+    tree = torch_layers.conv_transpose(weights, "", groups)
+    x = random(BATCH, 4, *(5, 4, 3)[:rank])
+    expected = to_last(in_torch(layer, x))
+    in_flax = {
+        "kernel_size": size,
+        "input_dilation": (2,) * rank,
+        "padding": [(k - 1 - 1, k - 1 - 1 + 1) for k in size],
+        "feature_group_count": groups,
+    }
+    close(applied(linen.Conv(8, **in_flax), tree, to_last(x)), expected)
+    ours = nnx.Conv(4, 8, **in_flax, rngs=nnx.Rngs(0))
+    close(loaded(ours, tree)(to_last(x)), expected)
+    with pytest.raises(ValueError, match=f"must be torch's, {groups} in '', got 1"):
+        torch_layers.conv_transpose(weights, "")
+
+
+def test_a_flattened_image():
+    conv, head = torch.nn.Conv2d(1, 4, 3), torch.nn.Linear(4 * 3 * 2, 5)
+    images = random(BATCH, 1, 5, 4)
+    tree = torch_layers.linear(weights_of(head), "", flattened=(4, 3, 2))
+    expected = in_torch(torch.nn.Sequential(conv, torch.nn.Flatten(), head), images)
+    x = to_last(in_torch(conv, images))
+    close(applied(linen.Dense(5), tree, x.reshape(BATCH, -1)), expected)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_batch_norm(rank):
     layer = getattr(torch.nn, f"BatchNorm{rank}d")(4)
@@ -174,9 +206,20 @@ def test_layer_norm():
     close(loaded(ours, tree)(x), expected)
 
 
-def test_layer_norm_without_parameters():
-    layer = torch.nn.LayerNorm(5, elementwise_affine=False)
-    assert torch_layers.norm(weights_of(layer), "") == {}
+def test_layer_norm_without_a_bias():
+    layer = torch.nn.LayerNorm(5, bias=False)
+    tree = torch_layers.norm(weights_of(layer), "")
+    x = random(BATCH, 5)
+    module = linen.LayerNorm(epsilon=1e-5, use_bias=False)
+    close(applied(module, tree, x), in_torch(layer, x))
+
+
+def test_layer_norm_over_two_dimensions():
+    layer = torch.nn.LayerNorm((4, 5))
+    tree = torch_layers.norm(weights_of(layer), "")
+    x = random(BATCH, 4, 5)
+    axes = {"reduction_axes": (-2, -1), "feature_axes": (-2, -1)}
+    close(applied(linen.LayerNorm(epsilon=1e-5, **axes), tree, x), in_torch(layer, x))
 
 
 def test_group_norm():
@@ -237,7 +280,7 @@ def test_recurrent_in_nnx(kind):
     def run(x, number, reverse):
         rngs = nnx.Rngs(0)
         cell = cell_class(x.shape[-1], HIDDEN, rngs=rngs)
-        cell = torch_layers.both_biases(cell, rngs)
+        cell = torch_layers.both_biases(cell)
         loaded(cell, port(weights, "", number, reverse))
         return nnx.RNN(cell, reverse=reverse, keep_order=True, rngs=rngs)(x)
 
@@ -249,17 +292,48 @@ def test_recurrent_in_nnx(kind):
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_recurrent_without_biases(kind):
-    torch_class, _, port = CELLS[kind]
-    weights = weights_of(torch_class(IN, HIDDEN, bias=False))
-    tree = torch_layers.one_bias(port(weights, ""))
-    assert all(layer.keys() == {"kernel"} for layer in tree.values())
+    torch_class, cell_class, port = CELLS[kind]
+    layer = torch_class(IN, HIDDEN, bias=False, batch_first=True)
+    cell = port(weights_of(layer), "")
+    assert all(gate.keys() == {"kernel"} for gate in cell.values())
+    x = random(BATCH, TIME, IN)
+    with torch.no_grad():
+        expected, _ = layer(torch.from_numpy(x))
+    tree = {"cell": torch_layers.one_bias(cell)}
+    close(applied(linen.RNN(cell_class(HIDDEN)), tree, x), expected.numpy())
+    assert all(gate.keys() == {"kernel"} for gate in cell.values())
+
+
+def test_both_biases_keep_the_cell():
+    cell = nnx.GRUCell(IN, HIDDEN, rngs=nnx.Rngs(0))
+    cell.dense_h.param_dtype = jnp.bfloat16
+    kernel = np.asarray(cell.dense_h.kernel[...])
+    assert torch_layers.both_biases(cell) is cell
+    np.testing.assert_array_equal(cell.dense_h.kernel[...], kernel)
+    assert cell.dense_h.bias[...].dtype == jnp.bfloat16
+    rnn = nnx.RNN(cell, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="`cell` must have linear layers, got RNN"):
+        torch_layers.both_biases(rnn)
+
+
+def test_another_recurrent_class_is_refused():
+    gru = {f"a.{k}": w for k, w in weights_of(torch.nn.GRU(4, 8)).items()}
+    with pytest.raises(ValueError, match=r"a\.weight_hh_l0 must be of torch's lstm"):
+        torch_layers.lstm(gru, "a")
+    lstm = weights_of(torch.nn.LSTM(4, 6))
+    with pytest.raises(ValueError, match="weight_hh_l0 must be of torch's gru, got"):
+        torch_layers.gru(lstm, "")
+    simple = weights_of(torch.nn.RNN(4, 6))
+    with pytest.raises(ValueError, match="must be of torch's gru or lstm, got"):
+        torch_layers.nnx_fused(simple, "")
 
 
 def test_a_projection_is_refused():
-    weights = weights_of(torch.nn.LSTM(IN, HIDDEN, proj_size=2))
+    layer = torch.nn.LSTM(IN, HIDDEN, proj_size=2)
+    weights = {f"a.{k}": w for k, w in weights_of(layer).items()}
     for port in (torch_layers.lstm, torch_layers.nnx_lstm, torch_layers.nnx_fused):
         with pytest.raises(ValueError, match="must be without proj_size"):
-            port(weights, "")
+            port(weights, "a")
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])

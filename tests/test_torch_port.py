@@ -292,13 +292,32 @@ def test_bfloat16():
     assert torch.equal(optimizer.state[model.weight]["square_avg"], average)
 
 
+def moved(change):
+    return lambda w: {"w": change(w["weight"]), "b": w["bias"]}
+
+
 BAD_PORTS = {
+    "takes magnitudes": (moved(np.abs), r"only move values, but \['w'\] has others"),
+    "rounds": (moved(np.round), "only move values"),
+    "sorts": (lambda w: {"b": w["bias"], "w": np.sort(w["weight"])}, "only move"),
+    "adds a little": (moved(lambda x: x + np.float32(1e-8)), "only move values"),
+    "adds a place": (
+        lambda w: {"w": w["weight"][1:], "b": w["bias"], "z": np.ones(3, np.float32)},
+        r"only move values, but \['z'\]",
+    ),
+    "adds a number": (
+        lambda w: linear_port(w) | {"step": 5},
+        r"\['step'\] must be made of the model's arrays .* got int64",
+    ),
     "scales": (lambda w: {"w": 2 * w["weight"], "b": w["bias"]}, "only move values"),
     "overflows": (
         lambda w: {"w": w["weight"] * np.inf, "b": w["bias"]},
         r"only move values, but \['w'\] has others",
     ),
-    "adds": (lambda w: linear_port(w) | {"z": np.zeros(2)}, r"only move .*\['z'\]"),
+    "adds": (
+        lambda w: linear_port(w) | {"z": np.zeros(2, np.float32)},
+        r"only move .*\['z'\]",
+    ),
     "repeats": (lambda w: linear_port(w) | {"b": w["bias"]}, "bias twice; leave out"),
     "drops": (lambda w: {"w": w["weight"]}, "drops some of bias; let its tree hold"),
     "drops a part": (
@@ -307,7 +326,7 @@ BAD_PORTS = {
     ),
     "casts": (
         lambda w: jax.tree.map(lambda x: x.astype(np.float16), linear_port(w)),
-        r"keep the dtype of `bias`, float32, got float16",
+        r"\['b(ias)?'\] must be .* got float16 of float32; do not cast",
     ),
 }
 
@@ -439,7 +458,10 @@ def test_the_way_back_of_any_port_is_exact(seed, shapes):
     places = Correspondence(port, shapes, shapes)
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(size=shape) for name, shape in shapes.items()}
-    back = dict(places.bring_back(places.carry(arrays)))
+    leaves = list(places.carry(arrays.__getitem__))
+    for leaf, expected in zip(leaves, jax.tree.leaves(port(arrays)), strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+    back = dict(places.bring_back(places.unflatten(leaves)))
     for name, array in arrays.items():
         if array.size:
             np.testing.assert_array_equal(back[name], array)
@@ -472,3 +494,229 @@ def test_half_a_buffer_is_not_brought_back():
     params = run.params | {"half": jnp.ones(2)}
     to_torch(params, run.opt_state, model, optimizer, port)
     assert torch.equal(model.table, torch.arange(4.0))
+
+
+def test_a_port_that_works_in_place_changes_nothing_in_torch():
+    def port(weights):
+        weights["weight"][:] = weights["weight"][::-1].copy()
+        return linear_port(weights)
+
+    model, optimizer = linear_run(momentum=0.9)
+    before = everything(model, optimizer)
+    run = from_torch(model, optimizer, port)
+    assert largest_difference(everything(model, optimizer), before) == 0
+    reversed_rows = model.weight.detach().numpy()[::-1].T
+    np.testing.assert_array_equal(run.params["kernel"], reversed_rows)
+
+
+MIXED = [
+    {"momentum": 0.9, "centered": False},
+    {"momentum": 0.0, "centered": True},
+    {"momentum": 0.5, "centered": True, "maximize": True},
+]
+
+
+def mixed_run(dtype=None, steps=0, mixed=MIXED):
+    """A model whose groups have other slots, and one parameter that comes late."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(3, 3, dtype=dtype) for _ in mixed]
+    model = torch.nn.Sequential(*layers)
+    groups = [
+        {"params": m.parameters(), **o} for m, o in zip(layers, mixed, strict=True)
+    ]
+    optimizer = torch.optim.RMSprop(groups, lr=1e-2, eps=1e-2)
+    train_mixed(model, optimizer, mixed_gradients(model, steps))
+    return model, optimizer
+
+
+def mixed_gradients(model, steps):
+    generator = torch.Generator().manual_seed(1)
+    gradients = [
+        {
+            name: torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            for name, p in model.named_parameters()
+        }
+        for _ in range(steps)
+    ]
+    for early in gradients[:2]:
+        early["0.bias"] = None
+    return gradients
+
+
+def train_mixed(model, optimizer, gradients):
+    for of_names in gradients:
+        for name, parameter in model.named_parameters():
+            parameter.grad = of_names[name]
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64"])
+def test_groups_with_other_slots(dtype):
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    kind = getattr(torch, dtype)
+    stayed, optimizer = mixed_run(kind)
+    gradients = mixed_gradients(stayed, 15)
+    train_mixed(stayed, optimizer, gradients)
+
+    model, optimizer = mixed_run(kind)
+    train_mixed(model, optimizer, gradients[:5])
+    params, tx, state = from_torch(model, optimizer, dict)
+    for of_names in gradients[5:10]:
+        grads = {name: jnp.asarray(g.numpy()) for name, g in of_names.items()}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    model, optimizer = mixed_run(kind)  # one that has not stepped
+    to_torch(params, state, model, optimizer, dict)
+    train_mixed(model, optimizer, gradients[10:])
+    tolerance = 1e-13 if dtype == "float64" else 2e-6
+    for a, b in zip(model.parameters(), stayed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    jax.config.update("jax_enable_x64", False)
+
+
+def test_a_late_gradient_leaves_the_steps_of_its_group():
+    model, optimizer = mixed_run(steps=5)
+    assert optimizer.state[model[0].bias]["step"] == 3
+    state = from_torch(model, optimizer, dict).opt_state
+    assert state.inner_states["0"].inner_state[0].count == 5
+
+
+def test_a_rate_for_each_group():
+    model, optimizer = mixed_run(steps=5)
+    once = from_torch(model, optimizer, dict, [1.0, 1.0, 1.0])
+    run = from_torch(model, optimizer, dict, [0.0, 2.0, 3.0])
+    grads = jax.tree.map(jnp.ones_like, run.params)
+    updates, expected = (
+        r.tx.update(grads, r.opt_state, r.params)[0] for r in (run, once)
+    )
+    for name, update in updates.items():
+        factor = {"0": 0, "1": 2, "2": 3}[name[0]]
+        np.testing.assert_allclose(update, factor * expected[name], rtol=1e-6)
+
+
+def test_a_variance_that_rounded_below_0_is_0():
+    model, optimizer = linear_run(centered=True)
+    slots = optimizer.state[model.bias]
+    slots["square_avg"].copy_(slots["grad_avg"] ** 2 * (1 - 1e-6))
+    run = from_torch(model, optimizer, linear_port)
+    assert (run.opt_state[0].var["bias"] == 0).all()
+
+
+def test_buffers_and_frozen_weights_are_brought_back():
+    model, optimizer = torch_run("float32")
+    train_in_torch(model, optimizer, gradients_of(model, 1, seed=0))
+    run = from_torch(model, optimizer, port)
+    params = run.params | {"statistics": run.params["statistics"] + 1}
+    params["frozen"] = jax.tree.map(lambda p: p + 1, params["frozen"])
+    frozen = model.frozen.bias.detach().clone()
+    to_torch(params, run.opt_state, model, optimizer, port)
+    assert (model.norm.running_mean == 1).all()
+    torch.testing.assert_close(model.frozen.bias.detach(), frozen + 1)
+
+
+def test_a_group_without_leaves_has_any_options():
+    model = torch.nn.Linear(3, 2)
+    groups = [{"params": model.parameters()}, {"params": [], "centered": True}]
+    optimizer = torch.optim.RMSprop(groups)
+    train_in_torch(model, optimizer, gradients_of(model, 2, seed=0))
+    run = from_torch(model, optimizer, linear_port)
+    to_torch(run.params, run.opt_state, model, optimizer, linear_port)
+    assert optimizer.state[model.bias]["step"] == 2
+
+
+def test_no_step_takes_the_state_away():
+    run = from_torch(*linear_run(steps=0), linear_port)
+    model, optimizer = linear_run(steps=3)
+    to_torch(run.params, run.opt_state, model, optimizer, linear_port)
+    assert not optimizer.state
+
+
+def unlike(model):
+    """Optimizers whose groups are not those of a run with weight | bias."""
+    weight, bias = model.parameters()
+    swapped = [{"params": [bias]}, {"params": [weight]}]
+    yield (
+        torch.optim.RMSprop(swapped),
+        "have `weight` in group 0, as the run has, got it in group 1",
+    )
+    yield torch.optim.RMSprop([weight, bias]), "have the optimizer's groups 0, got 0, 1"
+    outside = [{"params": [weight]}, {"params": [torch.nn.Parameter(bias.clone())]}]
+    yield torch.optim.RMSprop(outside), "`model` must hold the optimizer's parameters"
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_an_optimizer_with_other_groups(number):
+    model, _ = linear_run()
+    weight, bias = model.parameters()
+    optimizer = torch.optim.RMSprop([{"params": [weight]}, {"params": [bias]}])
+    train_in_torch(model, optimizer, gradients_of(model, 2, seed=0))
+    run = from_torch(model, optimizer, linear_port)
+    other, text = list(unlike(model))[number]
+    before = everything(model, other)
+    params = jax.tree.map(lambda p: p + 1, run.params)
+    with pytest.raises(ValueError, match=text):
+        to_torch(params, run.opt_state, model, other, linear_port)
+    assert largest_difference(everything(model, other), before) == 0
+
+
+def broken_states(run):
+    nu = run.opt_state[0].nu
+
+    def with_nu(**leaves):
+        return (run.opt_state[0]._replace(nu=nu | leaves), *run.opt_state[1:])
+
+    deleted = jnp.ones((3, 2))
+    deleted.delete()
+    yield with_nu(kernel=deleted), RuntimeError, "deleted"
+    yield with_nu(bias=jnp.ones(2, jnp.int32)), ValueError, r"\['bias'\] of square_avg"
+    yield with_nu(bias=jnp.ones(2, jnp.complex64)), ValueError, "got complex64"
+    yield None, ValueError, "`opt_state` must be the state of the run's optimizer"
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_broken_state_writes_nothing(number):
+    model, optimizer = linear_run()
+    run = from_torch(model, optimizer, linear_port)
+    state, error, text = list(broken_states(run))[number]
+    before = everything(model, optimizer)
+    params = jax.tree.map(lambda p: p + 1, run.params)
+    with pytest.raises(error, match=text):
+        to_torch(params, state, model, optimizer, linear_port)
+    assert largest_difference(everything(model, optimizer), before) == 0
+
+
+def test_an_expanded_buffer_writes_nothing():
+    model, optimizer = linear_run()
+    model.register_buffer("wide", torch.zeros(1).expand(3))
+    run = from_torch(model, optimizer, dict)
+    before = everything(model, optimizer)
+    params = jax.tree.map(lambda p: p + 1, run.params)
+    with pytest.raises(ValueError, match="`wide` must have a place in memory for each"):
+        to_torch(params, run.opt_state, model, optimizer, dict)
+    assert largest_difference(everything(model, optimizer), before) == 0
+
+
+def test_what_overflows_in_torch_is_reported_before_it_is_written():
+    model = torch.nn.Linear(3, 2).half()
+    optimizer = torch.optim.RMSprop(model.parameters())
+    model.weight.grad, model.bias.grad = (
+        torch.ones_like(p) for p in model.parameters()
+    )
+    optimizer.step()
+    run = from_torch(model, optimizer, linear_port)
+    nu = run.opt_state[0].nu | {"bias": jnp.full(2, 9e6)}
+    state = (run.opt_state[0]._replace(nu=nu), *run.opt_state[1:])
+    with pytest.warns(RuntimeWarning, match="infinity: square_avg of `bias`"):
+        to_torch(run.params, state, model, optimizer, linear_port)
+
+
+class WithExtraState(torch.nn.Linear):
+    def get_extra_state(self):
+        return {"any": "thing"}
+
+
+def test_extra_state_is_left_alone():
+    model = WithExtraState(3, 2)
+    optimizer = torch.optim.RMSprop(model.parameters())
+    run = from_torch(model, optimizer, linear_port)
+    to_torch(run.params, run.opt_state, model, optimizer, linear_port)
