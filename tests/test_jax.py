@@ -299,8 +299,10 @@ def test_import_needs_neither_torch_nor_flax():
 assert optax_rmsprop.rmsprop(0.1).init(1.0)[0].nu == 0
 assert "optax_rmsprop.dialects" not in sys.modules  # until it is used
 assert optax_rmsprop.dialects.torch(0.1).init(1.0)[0].nu == 0
+assert optax_rmsprop.from_torch and optax_rmsprop.from_keras
+assert optax_rmsprop.torch_layers.linear
 assert not hasattr(optax_rmsprop, "nonsense")
-print(sorted({"torch", "flax"} & sys.modules.keys()))"""
+print(sorted({"torch", "flax", "keras"} & sys.modules.keys()))"""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
