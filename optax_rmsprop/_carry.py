@@ -236,11 +236,10 @@ def _states(opt_state: Any, source: Source) -> dict[str, Any]:
 
 def _to_jax(places: Correspondence, arrays: dict[str, np.ndarray]) -> Any:
     """The port's tree in JAX arrays of the source's dtypes."""
-    leaves = places.carry(arrays.__getitem__)
     carried = []
-    for path, names, leaf in zip(places.paths, places.sources, leaves, strict=True):
-        array = jnp.array(leaf)  # a copy
-        for name in names:
+    for number, path in enumerate(places.paths):
+        array = jnp.array(places.gather(number, arrays.__getitem__))
+        for name in places.sources[number]:
             if array.dtype != arrays[name].dtype:
                 raise ValueError(
                     f"{path} must keep the dtype of `{name}`, {arrays[name].dtype}, "
@@ -271,18 +270,13 @@ def _filled(state: Any, places: Correspondence, source: Source, label: str) -> A
 
     def slot(field: str, like: Any) -> Any:
         def array_of(name: str) -> np.ndarray:
-            if source.labels[name] == label:
-                return _moment(field, source.slots[name])
-            return source.arrays[name]  # of another group, and not used
+            return _moment(field, source.slots[name])
 
         leaves = jax.tree.leaves(like, is_leaf=_is_masked)
-        carried = places.carry(array_of)
-        return places.unflatten(
-            [
-                old if _is_masked(old) else jnp.array(new, old.dtype)
-                for old, new in zip(leaves, carried, strict=True)
-            ]
-        )
+        for number, old in enumerate(leaves):
+            if not _is_masked(old):
+                leaves[number] = jnp.array(places.gather(number, array_of), old.dtype)
+        return places.unflatten(leaves)
 
     parts = []
     for part in state:

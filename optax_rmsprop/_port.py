@@ -8,6 +8,7 @@ bring it back, and that the port moves elements and does nothing else.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,8 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 Port = Callable[[dict[str, np.ndarray]], Any]
 
-EXACT = 2**24  # up to here float32, which a port may ask for, tells integers apart
+BITS = 24
+EXACT = 2**BITS  # up to here float32, which a port may ask for, tells integers apart
 PROOF = 2**10  # and up to here float16
 
 
@@ -39,7 +41,7 @@ class Correspondence:
         """
         self._port = port
         self._shapes = dict(shapes)
-        sizes = [int(np.prod(shape)) for shape in shapes.values()]
+        sizes = [math.prod(shape) for shape in shapes.values()]
         self._ends = np.cumsum(sizes, dtype=np.int64)
         starts = self._ends - sizes
         self._spans = dict(
@@ -51,31 +53,27 @@ class Correspondence:
         # Of each leaf, the arrays that it is made of.
         self.sources = [self._names_at(np.ravel(places)) for places in self._places]
 
-    def carry(self, array_of: Callable[[str], np.ndarray]) -> Iterator[np.ndarray]:
-        """The leaves of the port's tree, in turn, made of other arrays by name.
+    def gather(self, number: int, array_of: Callable[[str], np.ndarray]) -> np.ndarray:
+        """One leaf of the port's tree, made of other arrays by name.
 
         The port is not asked again: it never sees a weight.
         """
-        for places, names in zip(self._places, self.sources, strict=True):
-            yield self._gathered(places, names, array_of)
-
-    def _gathered(
-        self,
-        places: np.ndarray,
-        names: list[str],
-        array_of: Callable[[str], np.ndarray],
-    ) -> np.ndarray:
-        if len(names) == 1:
-            start, _ = self._spans[names[0]]
-            return array_of(names[0]).ravel()[places - start]
-        arrays = [array_of(name) for name in names]
-        dtype = np.result_type(*arrays) if arrays else np.float32
-        leaf = np.empty(places.shape, dtype)
-        for name, array in zip(names, arrays, strict=True):
-            start, end = self._spans[name]
-            here = (places >= start) & (places < end)
-            leaf[here] = array.ravel()[places[here] - start]
+        arrays = {name: array_of(name) for name in self.sources[number]}
+        dtype = np.result_type(*arrays.values()) if arrays else np.float32
+        leaf = np.empty(self._places[number].shape, dtype)
+        for name, here, places in self._parts(number):
+            leaf[here] = arrays[name].ravel()[places]
         return leaf
+
+    def _parts(self, number: int) -> Iterator[tuple[str, Any, np.ndarray]]:
+        """What a leaf is made of: an array's name, where it is, its places in it."""
+        places = self._places[number]
+        for name in self.sources[number]:
+            start, end = self._spans[name]
+            here: Any = ...
+            if len(self.sources[number]) > 1:
+                here = (places >= start) & (places < end)
+            yield name, here, places[here] - start
 
     def unflatten(self, leaves: list[Any]) -> Any:
         """The port's tree with these leaves."""
@@ -119,21 +117,13 @@ class Correspondence:
         """
         arrays: dict[str, np.ndarray] = {}
         missing: dict[str, int] = {}
-        for places, names, leaf in zip(
-            self._places, self.sources, jax.tree.leaves(tree), strict=True
-        ):
-            values, places = np.asarray(leaf).ravel(), places.ravel()
-            for name in names:
-                start, end = self._spans[name]
-                array = arrays.setdefault(name, np.empty(end - start, values.dtype))
-                if len(names) == 1:
-                    array[places - start] = values
-                    found = places.size
-                else:
-                    here = (places >= start) & (places < end)
-                    array[places[here] - start] = values[here]
-                    found = int(np.count_nonzero(here))
-                missing[name] = missing.get(name, end - start) - found
+        for number, leaf in enumerate(jax.tree.leaves(tree)):
+            values = np.asarray(leaf)
+            for name, here, places in self._parts(number):
+                size = math.prod(self._shapes[name])
+                array = arrays.setdefault(name, np.empty(size, values.dtype))
+                array[places] = values[here]
+                missing[name] = missing.get(name, size) - places.size
                 if not missing[name]:
                     yield name, arrays.pop(name).reshape(self._shapes[name])
 
@@ -153,7 +143,7 @@ class Correspondence:
                     "port keep them in leaves of their own"
                 )
             found.append(next(iter(kinds), ""))
-        return jax.tree.unflatten(self._structure, found)
+        return self.unflatten(found)
 
     def _names_at(self, places: np.ndarray) -> list[str]:
         """The arrays that these places are in."""
@@ -169,21 +159,20 @@ class Correspondence:
         return [names[i] for i in found]
 
     def _probe(self) -> tuple[list[str], list[np.ndarray], Any]:
-        leaves, structure = self._digits(
+        paths, leaves, structure = self._digits(
             lambda places: places & (EXACT - 1), np.float32
         )
-        paths = [keystr(path) or "the root" for path, _ in leaves]
         places = [_whole(leaf) for leaf in _emptied(leaves)]
         if self._ends[-1:].sum() > EXACT:
             # Half as much memory, and exact up to 34 thousand million elements.
-            high, _ = self._digits(lambda places: places >> 24, np.float16)
+            _, high, _ = self._digits(lambda places: places >> BITS, np.float16)
             low = _emptied(places)
             places = [
                 _joined(digits, _whole(leaf))
                 for digits, leaf in zip(low, _emptied(high), strict=True)
             ]
         # Numbers of another sign, size and dtype: what is not moved is now elsewhere.
-        proof, _ = self._digits(
+        _, proof, _ = self._digits(
             lambda places: places & (PROOF - 1), np.float16, -1 / PROOF
         )
         for path, here, leaf in zip(paths, places, _emptied(proof), strict=True):
@@ -196,8 +185,8 @@ class Correspondence:
         digit: Callable[[np.ndarray], np.ndarray],
         dtype: type[np.floating],
         scale: float = 1,
-    ) -> tuple[list[tuple[Any, np.ndarray]], Any]:
-        """The leaves, with their paths, of the port's tree of digits."""
+    ) -> tuple[list[str], list[np.ndarray], Any]:
+        """Paths, leaves and structure of the port's tree of digits."""
         arrays = {
             # From 1, so that a zero that the port puts in shows.
             name: (scale * (digit(np.arange(start, end)) + 1))
@@ -207,18 +196,17 @@ class Correspondence:
                 self._shapes.items(), self._spans.values(), strict=True
             )
         }
-        leaves, structure = tree_flatten_with_path(self._call(arrays))
-        for i, (path, leaf) in enumerate(leaves):
-            array = np.asarray(leaf)
+        found, structure = tree_flatten_with_path(self._call(arrays))
+        paths = [keystr(path) or "the root" for path, _ in found]
+        leaves = [np.asarray(leaf) for _, leaf in found]
+        for path, leaf in zip(paths, leaves, strict=True):
             # One that asks for float32 gets it, and may do so.
-            if array.dtype not in (dtype, np.float32):
+            if leaf.dtype not in (dtype, np.float32):
                 raise ValueError(
-                    f"{keystr(path) or 'the root'} must be made of the model's arrays "
-                    f"in their dtype, got {array.dtype} of {np.dtype(dtype)}; do not "
-                    "cast, and add no leaves"
+                    f"{path} must be made of the model's arrays in their dtype, got "
+                    f"{leaf.dtype} of {np.dtype(dtype)}; do not cast, and add no leaves"
                 )
-            leaves[i] = path, array
-        return leaves, structure
+        return paths, leaves, structure
 
     def _check(self, needed: Collection[str]) -> None:
         used = np.zeros(self._ends[-1:].sum(), bool)
@@ -249,12 +237,11 @@ def _changed(path: str) -> ValueError:
     )
 
 
-def _emptied(leaves: list[Any]) -> Iterator[Any]:
+def _emptied(leaves: list[np.ndarray]) -> Iterator[np.ndarray]:
     """The items in turn, taken out of the list so that their memory is free again."""
     leaves.reverse()
     while leaves:
-        leaf = leaves.pop()
-        yield leaf[1] if isinstance(leaf, tuple) else leaf
+        yield leaves.pop()
 
 
 def _whole(values: np.ndarray) -> np.ndarray:

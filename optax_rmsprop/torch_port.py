@@ -100,7 +100,9 @@ def from_torch_checkpoint(
 
     Args:
       model: the model's state_dict.
-      optimizer: the optimizer's state_dict, of torch's RMSprop or timm's RMSpropTF.
+      optimizer: the optimizer's state_dict, of torch's RMSprop or timm's RMSpropTF. It
+        does not say its class: that of another optimizer with RMSprop's options, such
+        as Stable-Baselines3's RMSpropTFLike, is taken for torch's.
       port: as in `from_torch`.
       names: the name of each of the optimizer's parameters, in its order. By default
         the checkpoint's own, which it has where the optimizer was made from

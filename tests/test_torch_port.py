@@ -275,13 +275,18 @@ def test_what_has_no_gradient_stays_put():
     assert updates["kernel"].all()
 
 
-def test_bfloat16():
-    model = torch.nn.Linear(3, 2).bfloat16()
+def narrow_run(dtype):
+    model = torch.nn.Linear(3, 2, dtype=dtype)
     optimizer = torch.optim.RMSprop(model.parameters())
     model.weight.grad, model.bias.grad = (
         torch.ones_like(p) for p in model.parameters()
     )
     optimizer.step()
+    return model, optimizer
+
+
+def test_bfloat16():
+    model, optimizer = narrow_run(torch.bfloat16)
     weight = model.weight.detach().clone()
     average = optimizer.state[model.weight]["square_avg"].clone()
     run = from_torch(model, optimizer, linear_port)
@@ -458,7 +463,8 @@ def test_the_way_back_of_any_port_is_exact(seed, shapes):
     places = Correspondence(port, shapes, shapes)
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(size=shape) for name, shape in shapes.items()}
-    leaves = list(places.carry(arrays.__getitem__))
+    numbers = range(len(places.paths))
+    leaves = [places.gather(number, arrays.__getitem__) for number in numbers]
     for leaf, expected in zip(leaves, jax.tree.leaves(port(arrays)), strict=True):
         np.testing.assert_array_equal(leaf, expected)
     back = dict(places.bring_back(places.unflatten(leaves)))
@@ -697,12 +703,7 @@ def test_an_expanded_buffer_writes_nothing():
 
 
 def test_what_overflows_in_torch_is_reported_before_it_is_written():
-    model = torch.nn.Linear(3, 2).half()
-    optimizer = torch.optim.RMSprop(model.parameters())
-    model.weight.grad, model.bias.grad = (
-        torch.ones_like(p) for p in model.parameters()
-    )
-    optimizer.step()
+    model, optimizer = narrow_run(torch.float16)
     run = from_torch(model, optimizer, linear_port)
     nu = run.opt_state[0].nu | {"bias": jnp.full(2, 9e6)}
     state = (run.opt_state[0]._replace(nu=nu), *run.opt_state[1:])
