@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from optax_rmsprop import dialects as dialects
     from optax_rmsprop import torch_layers as torch_layers
     from optax_rmsprop.keras_port import from_keras as from_keras
+    from optax_rmsprop.low_precision import CompressedState as CompressedState
+    from optax_rmsprop.low_precision import compress_state as compress_state
+    from optax_rmsprop.low_precision import decompress_state as decompress_state
+    from optax_rmsprop.low_precision import (
+        stochastic_apply_updates as stochastic_apply_updates,
+    )
     from optax_rmsprop.torch_port import TorchRun as TorchRun
     from optax_rmsprop.torch_port import from_torch as from_torch
     from optax_rmsprop.torch_port import from_torch_checkpoint as from_torch_checkpoint
@@ -25,7 +31,11 @@ __version__ = "0.1.0"
 
 # What is imported at its first use, and from where.
 _LATER = {
+    "CompressedState": "low_precision",
+    "compress_state": "low_precision",
+    "decompress_state": "low_precision",
     "dialects": "",
+    "stochastic_apply_updates": "low_precision",
     "TorchRun": "torch_port",
     "from_keras": "keras_port",
     "from_torch": "torch_port",

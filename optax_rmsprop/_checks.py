@@ -61,6 +61,28 @@ def flags(**options: Any) -> None:
             raise TypeError(f"`{name}` must be True or False, got {value!r}")
 
 
+def integer(name: str, value: Any, *, high: float = math.inf) -> int:
+    """Check a Python or NumPy integer against [0, high)."""
+    rule = f"`{name}` must be an integer in [0, {high:g})"
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(
+            f"{rule}, got {value!r}; it chooses the program: do not trace it"
+        )
+    if not 0 <= value < high:
+        raise ValueError(f"{rule}, got {value}")
+    return int(value)
+
+
+def prng_key(name: str, value: Any) -> None:
+    """Check that a value is one of JAX's keys, old or new."""
+    dtype = getattr(value, "dtype", None)
+    new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not new and not (dtype == jnp.uint32 and np.ndim(value) == 1):
+        raise TypeError(
+            f"`{name}` must be a PRNG key, got {value!r}; jax.random.key(0) makes one"
+        )
+
+
 # optax.inject_hyperparams takes functions and dtypes for schedules, and calls them.
 _INJECTED = "; with optax.inject_hyperparams name `{}` in its static_args"
 
@@ -87,6 +109,24 @@ def real_dtype(name: str, dtype: Any) -> None:
         )
 
 
+def storage_dtype(name: str, dtype: Any) -> np.dtype:
+    """Check the dtype in which to keep a state: bfloat16 or uint8."""
+    try:
+        given = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(
+            f"`{name}` must be bfloat16 or uint8, got {dtype!r}; pass jnp.uint8"
+        ) from None
+    if given not in (jnp.bfloat16, jnp.uint8):
+        why = "it saves nothing: leave compress_state out"
+        if given.itemsize == 1:
+            why = "uint8 has finer levels and more range in the same byte"
+        elif given.itemsize == 2:
+            why = "bfloat16 has the range of float32 in the same bytes"
+        raise ValueError(f"`{name}` must be bfloat16 or uint8, got {given}; {why}")
+    return given
+
+
 def mask(name: str, tree: Any) -> None:
     """Check a mask: None, a function, or a tree of booleans, but not one alone."""
     for path, leaf in tree_flatten_with_path(tree)[0]:
@@ -94,7 +134,7 @@ def mask(name: str, tree: Any) -> None:
         if not is_mask:
             raise TypeError(
                 f"`{name}` must be a function or a tree of True and False, got {leaf} "
-                f"at {_at(path)}" + _INJECTED.format(name)
+                f"at {at(path)}" + _INJECTED.format(name)
             )
 
 
@@ -105,8 +145,18 @@ def inexact(name: str, leaf: Any, path: Any, *, remedy: str, real: bool) -> None
         return
     raise TypeError(
         f"`{name}` must be floating point{'' if real else ' or complex'}, got "
-        f"{jnp.result_type(leaf)} at {_at(path)}; {remedy}"
+        f"{jnp.result_type(leaf)} at {at(path)}; {remedy}"
     )
+
+
+def not_integer(name: str, leaf: Any, path: Any) -> None:
+    """Check that a large array of a state is no array of integers."""
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.integer):
+        raise ValueError(
+            f"`{name}` must keep floating-point numbers in a parameter's shape, got "
+            f"{jnp.result_type(leaf)} at {at(path)}; leave integer parameters out with "
+            "optax.masked"
+        )
 
 
 def params(tree: Any) -> None:
@@ -123,8 +173,8 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
     """
     given_leaves, given_tree = _by_path(given)
     leaves, tree = _by_path(expected)
-    missing = [_at(path) for path in leaves if path not in given_leaves]
-    unexpected = [_at(path) for path in given_leaves if path not in leaves]
+    missing = [at(path) for path in leaves if path not in given_leaves]
+    unexpected = [at(path) for path in given_leaves if path not in leaves]
     in_both = [path for path in given_leaves if path in leaves]
     problems = []
     for path in in_both:
@@ -135,7 +185,7 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
             shape, expected_shape = np.shape(leaf), np.shape(expected_leaf)
             if shape != expected_shape:
                 problems.append(
-                    f"{_at(path)} has shape {shape}, expected {expected_shape}"
+                    f"{at(path)} has shape {shape}, expected {expected_shape}"
                 )
     if missing:
         problems.append(f"missing {', '.join(missing)}")
@@ -150,7 +200,8 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
         )
 
 
-def _at(path: Any) -> str:
+def at(path: Any) -> str:
+    """The name of a leaf in messages."""
     return keystr(path) or "the root"
 
 
