@@ -86,7 +86,7 @@ def encode_first(x: jax.Array, salt: jax.Array) -> Compressed:
     exponent = _exponent(kind, _octave(largest))
     empty = ~(largest > 0)  # or NaN
     kind = jnp.where(empty, UNKNOWN, kind)
-    return _encode(x, kind, jnp.where(empty, WINDOWS[0], exponent), salt)
+    return _encode(x, kind, jnp.where(empty, WINDOWS[1], exponent), salt)
 
 
 def _encode(
