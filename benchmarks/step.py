@@ -70,17 +70,24 @@ build ours / optax, s | bandwidth
 
 
 class JaxSteps:
-    """Compiles an optax transform's update and apply, and runs it."""
+    """Compiles an optax transform's update and apply, and runs it.
 
-    def __init__(self, transform, params, gradient_sets):
+    With `loop`, one run is as many steps with the same gradients.
+    """
+
+    def __init__(self, transform, params, gradient_sets, loop=1):
         def step(params, state, grads):
             updates, state = transform.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
+        def steps(params, state, grads):
+            body = lambda _, run: step(*run, grads)  # noqa: E731
+            return jax.lax.fori_loop(0, loop, body, (params, state))
+
         self.params = jax.tree.map(jnp.copy, params)
         self.state = transform.init(self.params)
         self.gradient_sets = gradient_sets
-        self.step = jax.jit(step, donate_argnums=(0, 1))
+        self.step = jax.jit(step if loop == 1 else steps, donate_argnums=(0, 1))
         start = time.perf_counter()
         lowered = self.step.lower(self.params, self.state, gradient_sets[0])
         middle = time.perf_counter()
@@ -210,16 +217,16 @@ def measure(build, rounds, reps, steps):
     return results
 
 
+def spread(values):
+    return {
+        "mean": statistics.geometric_mean(values),
+        "min": min(values),
+        "max": max(values),
+    }
+
+
 def summarize(rounds):
     """Geometric mean, least and greatest over rounds of the median of their turns."""
-
-    def spread(values):
-        return {
-            "mean": statistics.geometric_mean(values),
-            "min": min(values),
-            "max": max(values),
-        }
-
     summary = {"step_s": {}, "ratio_to": {}, "build_s": {}}
     for group in rounds[0]:
         times = [r[group]["step_s"] for r in rounds]

@@ -83,7 +83,9 @@ def compress_state(
       A transformation with the updates of `tx`, and with `CompressedState`. Compressed
       are tx's floating-point arrays that have a parameter's shape, at least `min_size`
       elements and one axis, and more bytes than `dtype`; all else is kept as it is. For
-      each, uint8 adds three numbers and bfloat16 one, all of the array's rank.
+      each, uint8 adds three numbers and bfloat16 one, all of the array's rank, so that
+      a partition for the array serves its codes and these. Under `jax.shard_map` shapes
+      and sizes are those of a shard.
 
     Raises:
       TypeError: a `tx` that is no optax transformation; a seed or size that is no

@@ -7,6 +7,7 @@ import json
 import pkgutil
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,12 +67,15 @@ def test_docstring_examples(module):
 
 
 PUBLIC = [
+    optax_rmsprop.compress_state,
+    optax_rmsprop.decompress_state,
     optax_rmsprop.from_keras,
     optax_rmsprop.from_torch,
     optax_rmsprop.from_torch_checkpoint,
     optax_rmsprop.rmsprop,
     optax_rmsprop.scale_by_rms,
     optax_rmsprop.scale_by_stddev,
+    optax_rmsprop.stochastic_apply_updates,
     optax_rmsprop.to_torch,
 ]
 
@@ -90,12 +94,15 @@ def test_every_argument_is_explained(function):
 def test_public_names():
     names = {name for name in dir(optax_rmsprop) if not name.startswith("_")}
     helpers = {"importlib", "Any", "TYPE_CHECKING"}
-    modules = {"keras_port", "optimizer", "torch_port", "transforms"}
+    modules = {"keras_port", "low_precision", "optimizer", "torch_port", "transforms"}
     assert names - modules - helpers == {
+        "CompressedState",
         "ScaleByRmsState",
         "ScaleByStddevState",
         "TorchRun",
         "add_decayed_weights",
+        "compress_state",
+        "decompress_state",
         "dialects",
         "from_keras",
         "from_torch",
@@ -103,6 +110,7 @@ def test_public_names():
         "rmsprop",
         "scale_by_rms",
         "scale_by_stddev",
+        "stochastic_apply_updates",
         "to_torch",
         "torch_layers",
         "trace",
@@ -128,6 +136,24 @@ def test_the_benchmarks_page_quotes_the_record_of_carrying():
     assert (
         "\n".join([carry["TABLE_HEAD"], *lines]) in (folder / "README.md").read_text()
     )
+
+
+def test_the_pages_quote_the_record_of_small_states():
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # one script imports another
+    try:
+        cost = runpy.run_path(str(ROOT / "benchmarks" / "small_state_cost.py"))
+    finally:
+        sys.path.pop(0)
+    record = ROOT / "benchmarks" / "results" / "small_state_cost-cpu.json"
+    record = json.loads(record.read_text())
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    for head, line, rows in (
+        ("TABLE_HEAD", "table_line", record["rows"]),
+        ("TPU_TABLE_HEAD", "tpu_table_line", record["tpu"]),
+    ):
+        assert len(rows) >= 6
+        lines = [cost[line](*row) for row in rows.items()]
+        assert "\n".join([cost[head], *lines]) in page
 
 
 def test_the_changelog_knows_this_version():

@@ -1,0 +1,228 @@
+"""What a step costs with its state in bfloat16 or uint8, against float32.
+
+On the device of JAX: the time of a jitted update and apply with donated buffers, in
+turns with float32's, and the bytes of the state's arrays. A program makes one step, or
+ten as in `lax.scan`: with a small state it has temporary arrays, and on a CPU most of
+its time may be the system's, which clears them for every call.
+
+With --tpu also what the TPU compiler makes of a step of one 8192 x 8192 array, without
+a TPU: the bytes that it moves to and from HBM, and its scratch memory.
+
+    pip install "jax[tpu]"         # for --tpu
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/small_state_cost.py --tpu
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from step import HYPERPARAMETERS, JaxSteps, environment, spread, take_turns
+
+from optax_rmsprop import compress_state, rmsprop
+
+LEAVES = {"1x32M": (1, (4000, 8000)), "160x150k": (160, (300, 500))}
+QUICK_LEAVES = {"2x4k": (2, (64, 64))}
+OPTIONS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "centered+momentum": {"centered": True, "momentum": 0.9},
+}
+STATES = ("bfloat16", "uint8")
+TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
+ON_TPU = (8192, 8192)
+LIMITS = {"plain": 20, "momentum": 28}  # of HBM bytes a parameter, for --check
+TIME_LIMIT = 1.5  # of uint8 on a CPU
+STEPS_A_CALL = (1, 10)
+TABLE_HEAD = """\
+leaves | options | steps a call | float32, ms a step | bfloat16 / float32 | \
+uint8 / float32 | state, bytes a parameter
+---|---|---|---|---|---|---"""
+TPU_TABLE_HEAD = """\
+compiled for | options | float32 | bfloat16 | uint8
+---|---|---|---|---"""
+
+
+def transforms(options):
+    exact = rmsprop(*HYPERPARAMETERS, **options)
+    small = {dtype: compress_state(exact, dtype) for dtype in STATES}
+    return {"float32": exact, **small}
+
+
+def state_bytes(tx, params):
+    state = jax.eval_shape(tx.init, params)
+    return sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(state))
+
+
+def measure(count, shape, options, loop, rounds, reps):
+    """Ratios of the time of a step to float32's, and the size of the state."""
+    rng = np.random.default_rng(0)
+    params, g, h = (
+        [jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(count)]
+        for _ in range(3)
+    )
+    gradient_sets = [g, [-x for x in g], h]
+    txs = transforms(options)
+    medians = {name: [] for name in txs}
+    ratios = {name: [] for name in STATES}
+    for r in range(rounds):
+        for dtype in STATES:
+            order = ["float32", dtype][:: -1 if r % 2 else 1]
+            steps = {n: JaxSteps(txs[n], params, gradient_sets, loop) for n in order}
+            seconds = take_turns(steps, reps, steps=1)
+            ratios[dtype].append(
+                float(np.median(np.divide(seconds[dtype], seconds["float32"])))
+            )
+            for name, times in seconds.items():
+                medians[name].append(float(np.median(times)) / loop)
+            del steps
+    size = count * int(np.prod(shape))
+    return {
+        "step_s": {name: spread(times) for name, times in medians.items()},
+        "ratio_to_float32": {name: spread(values) for name, values in ratios.items()},
+        "state_bytes_a_parameter": {
+            name: state_bytes(tx, params) / size for name, tx in txs.items()
+        },
+    }
+
+
+def table_line(name, row):
+    form = "{mean:.2f} [{min:.2f}, {max:.2f}]"
+    ratios = [form.format(**row["ratio_to_float32"][dtype]) for dtype in STATES]
+    sizes = " / ".join(f"{x:.2f}" for x in row["state_bytes_a_parameter"].values())
+    milliseconds = f"{1e3 * row['step_s']['float32']['mean']:.1f}"
+    return " | ".join([*name.split(), milliseconds, *ratios, sizes])
+
+
+def compile_for_tpu(topology, tx):
+    """The compiled step of one array, with its parameters and state donated."""
+    from jax.experimental import topologies
+
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    device = jax.sharding.SingleDeviceSharding(description.devices[0])
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.ShapeDtypeStruct(ON_TPU, jnp.float32)
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        (params, jax.eval_shape(tx.init, params), params),
+    )
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+    return {
+        "hbm_bytes_a_parameter": hbm_bytes(compiled.as_text()) / np.prod(ON_TPU),
+        "scratch_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "xla_bytes_a_parameter": compiled.cost_analysis()["bytes accessed"]
+        / np.prod(ON_TPU),
+    }
+
+
+ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "u8": 1, "pred": 1}
+NO_TRAFFIC = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
+
+
+def hbm_bytes(program):
+    """What the instructions of a TPU program read from and write to HBM.
+
+    XLA's own "bytes accessed" counts the copies in VMEM too, where the compiler keeps
+    an array of this size between two loops; their layouts have a memory space, S(1).
+    """
+    entry = re.sub(r"/\*.*?\*/", "", program[program.index("ENTRY") :])
+    pattern = r"\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:, |$)"
+    shapes, total = {}, 0
+    for line in entry.splitlines()[1:]:
+        if found := re.match(pattern, line):
+            name, shape, operation, operands = found.groups()
+            shapes[name] = shape
+            if operation in NO_TRAFFIC or operation.endswith("-done"):
+                continue
+            if operation == "copy-start":  # its shape names the source again
+                shape = re.findall(r"\w+\[[\d,]*\]\{[^}]*\}", shape)[0]
+            read = [shapes.get(x.strip().lstrip("%"), "") for x in operands.split(",")]
+            total += sum(map(shape_bytes, [shape, *read]))
+    return total
+
+
+def shape_bytes(shape):
+    total = 0
+    for dtype, sizes, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape):
+        if dtype in ITEM_BYTES and "S(" not in layout:
+            total += ITEM_BYTES[dtype] * int(
+                np.prod([int(n or 1) for n in sizes.split(",")])
+            )
+    return total
+
+
+def tpu_table_line(name, row):
+    cells = [
+        f"{x['hbm_bytes_a_parameter']:.1f}"
+        + (
+            f", scratch {x['scratch_bytes'] / 2**20:.0f} MiB"
+            * (x["scratch_bytes"] > 2**20)
+        )
+        for x in row.values()
+    ]
+    return " | ".join([*name.split(), *cells])
+
+
+def over_limits(report):
+    for name, row in report["tpu"].items():
+        limit = LIMITS.get(name.split()[1])
+        uint8 = row["uint8"]
+        if limit and round(uint8["hbm_bytes_a_parameter"], 2) > limit:
+            yield f"{name}: {uint8['hbm_bytes_a_parameter']:.2f} bytes, over {limit}"
+        if limit and uint8["scratch_bytes"] > 2**20:
+            yield f"{name}: {uint8['scratch_bytes']} bytes of scratch, over 1 MiB"
+    for name, row in report["rows"].items():
+        ratio = row["ratio_to_float32"]["uint8"]["mean"]
+        if ratio > TIME_LIMIT:
+            yield f"{name}: {ratio:.2f} of float32's time, over {TIME_LIMIT}"
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one small row: to try it")
+    add("--tpu", action="store_true", help=f"compile for {', '.join(TOPOLOGIES)} too")
+    add("--rounds", type=int, default=2, help="rounds a row, even (2)")
+    add("--reps", type=int, default=7, help="turns a round (7)")
+    add("--check", action="store_true", help="exit 1 if a figure is over its limit")
+    path = pathlib.Path(__file__).parent / "results"
+    path /= f"small_state_cost-{jax.default_backend()}.json"
+    help_ = "JSON file (results/small_state_cost-BACKEND.json beside this script)"
+    add("--output", type=pathlib.Path, default=path, help=help_)
+    args = parser.parse_args()
+    report = {**environment(), "rounds": args.rounds, "rows": {}, "tpu": {}}
+    print(TABLE_HEAD)
+    sizes = QUICK_LEAVES if args.quick else LEAVES
+    for leaves, kind, loop in itertools.product(sizes, OPTIONS, STEPS_A_CALL):
+        name = f"{leaves} {kind} {loop}"
+        row = measure(*sizes[leaves], OPTIONS[kind], loop, args.rounds, args.reps)
+        report["rows"][name] = row
+        print(table_line(name, row), flush=True)
+    if args.tpu:
+        print(TPU_TABLE_HEAD)
+    for topology in TOPOLOGIES if args.tpu else ():
+        for kind, options in OPTIONS.items():
+            txs = transforms(options)
+            row = {name: compile_for_tpu(topology, tx) for name, tx in txs.items()}
+            report["tpu"][f"{topology} {kind}"] = row
+            print(tpu_table_line(f"{topology} {kind}", row), flush=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    failures = list(over_limits(report)) if args.check else []
+    print(f"All figures are in {args.output}", *failures, sep="\n")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
