@@ -127,6 +127,15 @@ def storage_dtype(name: str, dtype: Any) -> np.dtype:
     return given
 
 
+def stored_as(name: str, leaf: Any, dtype: np.dtype, path: Any) -> None:
+    """Check the dtype in which an array of a state has been kept."""
+    if leaf.dtype != dtype:
+        raise ValueError(
+            f"`{name}` must be compressed to {dtype}, got {leaf.dtype} at {at(path)}; "
+            "use the dtype with which it was made, or call init again"
+        )
+
+
 def mask(name: str, tree: Any) -> None:
     """Check a mask: None, a function, or a tree of booleans, but not one alone."""
     for path, leaf in tree_flatten_with_path(tree)[0]:

@@ -41,43 +41,41 @@ NAN, WAS_NEGATIVE = 254, 255  # codes for what NON_NEGATIVE, and what no kind, c
 WINDOWS = -62, -126  # the exponents with which UNKNOWN looks for numbers, in turn
 
 
-class Compressed(NamedTuple):
-    """An array of a state in 8-bit codes; `decompress_state` turns it back.
+class Scale(NamedTuple):
+    """What the codes of one array mean.
 
     Attributes:
-      codes: uint8, with the array's shape.
-      kind: int32, what the codes mean: 0 not known yet, 1 non-negative, 2 signed. This
-        and the next two have one element and the array's rank, so that whatever shards
-        the array along its axes can shard them too.
-      exponent: int32, of the power of two by which the codes are scaled.
+      kind: int32, 0 not known yet, 1 non-negative, 2 signed. This and the others have
+        one element and the array's rank, so that what partitions the array along its
+        axes can partition them.
+      exponent: int32, e.
       highest: the largest code, in the dtype to which the codes decode.
     """
 
-    codes: jax.Array
     kind: jax.Array
     exponent: jax.Array
     highest: jax.Array
 
 
-def decode(slot: Compressed) -> jax.Array:
+def decode(codes: jax.Array, scale: Scale) -> jax.Array:
     """The numbers that the codes stand for."""
-    kind, code = slot.kind, slot.codes.astype(jnp.int32)
+    kind, code = scale.kind, codes.astype(jnp.int32)
     minus = code & _by_kind(kind, 128, 0, 1)
     lambda_ = _by_kind(kind, 2.0**-7, 2.0**-3, 2.0**-4)  # SIGNED has 2k here
     t = 1 + (code - minus).astype(jnp.float32) * lambda_
-    x = (_power(t, kind) - 1) * _power_of_two(slot.exponent)
+    x = (_power(t, kind) - 1) * _power_of_two(scale.exponent)
     x = jnp.where(minus > 0, -x, x)
     x = jnp.where(code == NAN, jnp.nan, x)
     x = jnp.where(code == WAS_NEGATIVE, 0, x)
-    return cast(x, slot.highest.dtype)
+    return cast(x, scale.highest.dtype)
 
 
-def encode(x: jax.Array, last: Compressed, salt: jax.Array) -> Compressed:
+def encode(x: jax.Array, last: Scale, salt: jax.Array) -> tuple[jax.Array, Scale]:
     """Codes for new numbers, in the kind and scale that the last codes suggest."""
     return _encode(x, *_next_format(last), salt)
 
 
-def encode_first(x: jax.Array, salt: jax.Array) -> Compressed:
+def encode_first(x: jax.Array, salt: jax.Array) -> tuple[jax.Array, Scale]:
     """Codes for numbers of which nothing is known: they are read twice."""
     wide = cast(x, jnp.float32)
     largest = jnp.max(jnp.abs(wide), keepdims=True)
@@ -91,7 +89,7 @@ def encode_first(x: jax.Array, salt: jax.Array) -> Compressed:
 
 def _encode(
     x: jax.Array, kind: jax.Array, exponent: jax.Array, salt: jax.Array
-) -> Compressed:
+) -> tuple[jax.Array, Scale]:
     dtype, x = x.dtype, cast(x, jnp.float32)
     magnitude = jnp.abs(x)
     t = _root(1 + magnitude * _power_of_two(-exponent), kind)
@@ -111,10 +109,10 @@ def _encode(
         cpu=lambda codes: jnp.max(codes, keepdims=True).astype(jnp.float32),
         default=lambda codes: jnp.max(codes.astype(jnp.float32), keepdims=True),
     )
-    return Compressed(codes, kind, exponent, highest.astype(dtype))
+    return codes, Scale(kind, exponent, highest.astype(dtype))
 
 
-def _next_format(last: Compressed) -> tuple[jax.Array, jax.Array]:
+def _next_format(last: Scale) -> tuple[jax.Array, jax.Array]:
     """The kind and exponent for the numbers that come after these codes."""
     highest, old = last.highest.astype(jnp.int32), last.kind
     k = _by_kind(old, highest & 127, highest, highest >> 1)

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import tree_flatten_with_path
 from jax.typing import DTypeLike
 
 from optax_rmsprop import _checks
-from optax_rmsprop._codes import Compressed, decode, encode, encode_first
+from optax_rmsprop._codes import Scale, decode, encode, encode_first
 from optax_rmsprop._rounding import salt, stochastic_round
 
 
@@ -29,24 +30,15 @@ class CompressedState(NamedTuple):
     Attributes:
       count: int32 scalar, the number of updates made. With the seed, all randomness
         comes from it.
-      inner: the state of `tx`, with a `Compressed` (uint8) or `Rounded` (bfloat16) in
-        place of every array that is compressed.
+      inner: the state of `tx`, in its own structure and shapes, with uint8 codes or
+        bfloat16 numbers in place of those of the arrays that are compressed.
+      scales: for each leaf of `inner`, how it is decoded: (kind, exponent, highest) for
+        uint8, a 0 of the original dtype for bfloat16, None if it is not compressed.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
     inner: optax.OptState
-
-
-class Rounded(NamedTuple):
-    """An array of a state in bfloat16; `decompress_state` turns it back.
-
-    Attributes:
-      values: bfloat16, with the array's shape.
-      zero: one 0 with the array's rank, in the dtype to which the values decode.
-    """
-
-    values: jax.Array
-    zero: jax.Array
+    scales: tuple[Any, ...]
 
 
 def compress_state(
@@ -98,7 +90,7 @@ def compress_state(
       >>> tx = optax_rmsprop.compress_state(optax_rmsprop.rmsprop(), jnp.uint8)
       >>> params = jnp.zeros((64, 64))
       >>> state = tx.init(params)
-      >>> state.inner[0].nu.codes.dtype, state.inner[0].nu.codes.nbytes
+      >>> state.inner[0].nu.dtype, state.inner[0].nu.nbytes
       (dtype('uint8'), 4096)
 
     Differs from bitsandbytes: see the head of this module.
@@ -116,32 +108,29 @@ def compress_state(
     seed = _checks.integer("seed", seed, high=2**32)
     min_size = _checks.integer("min_size", min_size)
     tx = optax.with_extra_args_support(tx)
-    encodings: dict[str, tuple[type, Callable[..., Any], Callable[..., Any]]] = {
-        "bfloat16": (Rounded, _round, lambda x, last, salt: _round(x, salt)),
-        "uint8": (Compressed, encode_first, encode),
-    }
-    slot_type, first, following = encodings[dtype.name]
+    first, following = _ENCODERS[dtype.name]
 
     def init_fn(params: optax.Params) -> CompressedState:
+        inner = tx.init(params)
+        if any(map(_is_compressed, jax.tree.leaves(inner, is_leaf=_is_compressed))):
+            raise ValueError(
+                "`tx` must have a state that is not compressed, got one with a "
+                "CompressedState; call compress_state once"
+            )
         shapes = {np.shape(p) for p in jax.tree.leaves(params)}
+        count = jnp.zeros([], jnp.int32)
 
-        def leaf(salt: jax.Array, path: Any, x: Any) -> Any:
-            if _is_slot(x):
-                raise ValueError(
-                    f"`tx` must have a state that is not compressed, got {type(x)} at "
-                    f"{_checks.at(path)}; call compress_state once"
-                )
+        def leaf(i: int, path: Any, x: Any) -> tuple[Any, Any]:
             shape, size = np.shape(x), np.size(x)
             of_parameter = shape in shapes and shape != ()
             if not of_parameter or size == 0 or size < min_size:
-                return x
+                return x, None
             _checks.not_integer("tx", x, path)
             floating = jnp.issubdtype(x.dtype, jnp.floating)
             saves = x.dtype.itemsize > dtype.itemsize
-            return first(x, salt) if floating and saves else x
+            return first(x, salt(seed, count, i)) if floating and saves else (x, None)
 
-        count = jnp.zeros([], jnp.int32)
-        return CompressedState(count, _map(leaf, seed, count, tx.init(params)))
+        return CompressedState(count, *_rebuild(leaf, inner))
 
     def update_fn(
         updates: optax.Updates,
@@ -150,26 +139,23 @@ def compress_state(
         **extra_args: Any,
     ) -> tuple[optax.Updates, CompressedState]:
         _checks.same_state(state, CompressedState)
-
-        def leaf(salt: jax.Array, path: Any, old: Any, new: Any) -> Any:
-            if not _is_slot(old):
-                return new
-            if not isinstance(old, slot_type):
-                raise ValueError(
-                    f"`state` must be compressed to {dtype}, got {type(old).__name__} "
-                    f"at {_checks.at(path)}; use the dtype with which it was made, or "
-                    "call init again"
-                )
-            remedy = "as it was in init"
-            _checks.inexact("state", new, path, remedy=remedy, real=True)
-            return following(new, old, salt)
-
-        old = jax.tree.map(_decode, state.inner, is_leaf=_is_slot)
-        updates, new = tx.update(updates, old, params, **extra_args)
+        leaves, _ = tree_flatten_with_path(state.inner)
+        for (path, x), scale in zip(leaves, state.scales, strict=True):
+            if scale is not None:
+                _checks.stored_as("state", x, dtype, path)
+        old = decompress_state(state)
+        updates, inner = tx.update(updates, old, params, **extra_args)
         count = optax.safe_increment(state.count)
-        return updates, CompressedState(
-            count, _map(leaf, seed, count, state.inner, new)
-        )
+
+        def leaf(i: int, path: Any, x: Any) -> tuple[Any, Any]:
+            scale = state.scales[i]
+            if scale is None:
+                return x, None
+            remedy = "as it was in init"
+            _checks.inexact("state", x, path, remedy=remedy, real=True)
+            return following(x, scale, salt(seed, count, i))
+
+        return updates, CompressedState(count, *_rebuild(leaf, inner))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -201,20 +187,19 @@ def decompress_state(state: optax.OptState) -> optax.OptState:
       `compress_state`.
     """
 
-    def is_compressed(x: Any) -> bool:
-        return isinstance(x, CompressedState)
-
-    if not any(map(is_compressed, jax.tree.leaves(state, is_leaf=is_compressed))):
+    if not any(map(_is_compressed, jax.tree.leaves(state, is_leaf=_is_compressed))):
         raise ValueError(
             "`state` must have a CompressedState in it, got "
             f"{jax.tree.structure(state)}; it is not compressed: use it as it is"
         )
 
     def part(x: Any) -> Any:
-        inner = x.inner if is_compressed(x) else x
-        return jax.tree.map(_decode, inner, is_leaf=_is_slot)
+        if not _is_compressed(x):
+            return x
+        leaves = map(_decode, jax.tree.leaves(x.inner), x.scales)
+        return jax.tree.unflatten(jax.tree.structure(x.inner), leaves)
 
-    return jax.tree.map(part, state, is_leaf=is_compressed)
+    return jax.tree.map(part, state, is_leaf=_is_compressed)
 
 
 def stochastic_apply_updates(
@@ -273,29 +258,33 @@ def stochastic_apply_updates(
     return treedef.unflatten(leaf(*row) for row in rows)
 
 
-def _is_slot(x: Any) -> bool:
-    return isinstance(x, Compressed | Rounded)
-
-
-def _round(x: jax.Array, salt: jax.Array) -> Rounded:
+def _round(x: jax.Array, salt: jax.Array) -> tuple[jax.Array, jax.Array]:
     zero = jnp.zeros((1,) * x.ndim, x.dtype)
-    return Rounded(stochastic_round(x, jnp.bfloat16, salt), zero)
+    return stochastic_round(x, jnp.bfloat16, salt), zero
 
 
-def _decode(x: Any) -> Any:
-    if isinstance(x, Compressed):
-        return decode(x)
-    return x.values.astype(x.zero.dtype) if isinstance(x, Rounded) else x
+# For each dtype, what encodes the first numbers of an array, and those after a scale.
+_ENCODERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "bfloat16": (_round, lambda x, last, salt: _round(x, salt)),
+    "uint8": (encode_first, encode),
+}
 
 
-def _map(f: Callable[..., Any], seed: int, count: jax.Array, *trees: Any) -> Any:
-    """Apply f to a salt, the path and the leaf of every tree, the first in codes."""
-    first, *others = trees
-    leaves, _ = jax.tree_util.tree_flatten_with_path(first, is_leaf=_is_slot)
-    treedef: Any = jax.tree.structure(first, is_leaf=_is_slot)
-    columns = map(treedef.flatten_up_to, others)
-    rows = enumerate(zip(leaves, *columns, strict=True))
-    return treedef.unflatten(
-        f(salt(seed, count, i), path, leaf, *others)
-        for i, ((path, leaf), *others) in rows
-    )
+def _decode(x: jax.Array, scale: Any) -> jax.Array:
+    if isinstance(scale, Scale):
+        return decode(x, scale)
+    return x if scale is None else x.astype(scale.dtype)
+
+
+def _is_compressed(x: Any) -> bool:
+    return isinstance(x, CompressedState)
+
+
+def _rebuild(
+    f: Callable[[int, Any, Any], tuple[Any, Any]], state: optax.OptState
+) -> tuple[optax.OptState, tuple[Any, ...]]:
+    """Apply f to the number, path and value of each leaf: new leaves, and scales."""
+    leaves, _ = tree_flatten_with_path(state)
+    rows = [f(i, *leaf) for i, leaf in enumerate(leaves)]
+    new = jax.tree.unflatten(jax.tree.structure(state), [x for x, _ in rows])
+    return new, tuple(scale for _, scale in rows)

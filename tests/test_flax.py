@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_rmsprop import rmsprop
+from optax_rmsprop import compress_state, decompress_state, rmsprop
 
 pytest.importorskip("flax")
 from flax import linen, nnx
@@ -111,3 +111,39 @@ def test_linen_train_state(options):
         state = step(state)
         chex.assert_trees_all_close(state.params, expected, **TOLERANCE)
     assert state.step == optax.tree.get(state.opt_state, "count") == STEPS
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "uint8"])
+def test_small_states_in_nnx_and_linen(dtype):
+    tx = compress_state(rmsprop(momentum=0.9), dtype, min_size=8)
+    model = NnxModel()
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    linen_model = LinenModel()
+    state = TrainState.create(
+        apply_fn=linen_model.apply, params=linen_model.init(jax.random.key(0), X), tx=tx
+    )
+
+    @nnx.jit
+    def step(model, optimizer):
+        gradients = nnx.grad(lambda model: squared_error(model(X)))(model)
+        optimizer.update(model, gradients)
+
+    @jax.jit
+    def linen_step(state):
+        def loss(params):
+            return squared_error(state.apply_fn(params, X))
+
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+    before = squared_error(model(X)), squared_error(state.apply_fn(state.params, X))
+    for _ in range(30):
+        step(model, optimizer)
+        state = linen_step(state)
+    assert squared_error(model(X)) < 0.8 * before[0]
+    assert squared_error(state.apply_fn(state.params, X)) < 0.8 * before[1]
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)}
+    assert jnp.dtype(dtype) in dtypes
+    nu = optax.tree.get(decompress_state(state.opt_state), "nu")
+    chex.assert_trees_all_equal_shapes_and_dtypes(nu, state.params)
+    in_nnx = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(optimizer))}
+    assert jnp.dtype(dtype) in in_nnx
