@@ -136,7 +136,7 @@ def _next_format(last: Scale) -> tuple[jax.Array, jax.Array]:
 
 def _exponent(kind: jax.Array, octave: jax.Array) -> jax.Array:
     """That which leaves five octaves above the largest number, where float32 can."""
-    return jnp.clip(octave + 5 - _octaves(kind), -126, 127 - 41)
+    return jnp.clip(octave + 5 - _octaves(kind), -126, 127 - _octaves(kind))
 
 
 def _octave(x: jax.Array) -> jax.Array:

@@ -163,6 +163,17 @@ def test_the_scale_follows(factor):
         )
 
 
+@pytest.mark.parametrize("signs", [(1,), (1, -1)], ids=["non-negative", "signed"])
+def test_the_largest_numbers_of_float32(signs):
+    x = np.outer(signs, np.linspace(1e38, 2e38, 1000)).astype(np.float32)
+    codes = first(x)
+    for seed in range(5):
+        np.testing.assert_allclose(decode(*codes), x, rtol=0.2)
+        codes = following(x, codes, seed)
+    finite = first(np.full((2, 50), np.finfo(np.float32).max, np.float32))
+    assert np.isfinite(decode(*finite)).all()
+
+
 def test_a_spike_is_held_at_the_end_of_the_range_and_then_known():
     x = np.full(4096, 0.5, np.float32)
     spiked = x.copy()
