@@ -209,7 +209,7 @@ def main():
     add("--quick", action="store_true", help="small arrays: to try it")
     add("--tpu", action="store_true", help=f"compile for {', '.join(TOPOLOGIES)}")
     add("--rounds", type=int, default=2, help="rounds a row, even (2)")
-    add("--reps", type=int, default=7, help="turns a round (7)")
+    add("--reps", type=int, default=3, help="turns a round (3)")
     add("--check", action="store_true", help="exit 1 if a figure is over its limit")
     help_ = "JSON file (results/small_state_cost-BACKEND.json beside this script)"
     add("--output", type=pathlib.Path, help=help_)
@@ -224,11 +224,12 @@ def main():
         head, line, rows = TPU_TABLE_HEAD, tpu_table_line, compilations()
     report = {**environment(), "rounds": args.rounds, "reps": args.reps, "rows": {}}
     print(head)
+    output.parent.mkdir(parents=True, exist_ok=True)
     for name, row in rows:
         report["rows"][name] = row
         print(line(name, row), flush=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n")
+        # After every row, so that a run cut short leaves its rows.
+        output.write_text(json.dumps(report, indent=1) + "\n")
     failures = list(over_limits(report["rows"])) if args.check else []
     print(f"All figures are in {output}", *failures, sep="\n")
     return bool(failures)

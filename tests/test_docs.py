@@ -154,6 +154,16 @@ def test_the_pages_quote_the_record_of_small_states():
         assert "\n".join([cost[f"{prefix}TABLE_HEAD"], *lines]) in page
 
 
+def test_the_benchmarks_page_quotes_the_record_of_training():
+    folder = ROOT / "benchmarks"
+    script = runpy.run_path(str(folder / "small_state.py"))
+    rows = json.loads((folder / "results" / "small_state.json").read_text())["rows"]
+    lines = [script["table_line"](*row) for row in rows.items()]
+    assert len(lines) == 30
+    table = "\n".join([script["TABLE_HEAD"], *lines])
+    assert table in (folder / "README.md").read_text()
+
+
 def test_the_changelog_knows_this_version():
     text = (ROOT / "CHANGELOG.md").read_text()
     assert f"## [{optax_rmsprop.__version__}]" in text or "## [Unreleased]" in text

@@ -27,6 +27,7 @@ COLORS = {
     "bfloat16": "tab:green",
     "bitsandbytes": "tab:red",
     "float8 e5m2": "tab:gray",
+    "float8 e4m3": "tab:orange",
 }
 
 
@@ -41,9 +42,10 @@ def our_levels(kind):
 
 def float_levels(dtype):
     """Of a float8, scaled so that its largest number is 1."""
-    codes = jnp.arange(1, 124, dtype=jnp.uint8)
+    codes = jnp.arange(1, 128, dtype=jnp.uint8)
     levels = jax.lax.bitcast_convert_type(codes, dtype).astype(jnp.float32)
-    return np.asarray(levels / levels.max())
+    levels = np.asarray(levels[jnp.isfinite(levels)])
+    return levels / levels.max()
 
 
 def dynamic_map():
@@ -115,11 +117,15 @@ def draw_levels(axes):
         "uint8, non-negative": distance(our_levels(NON_NEGATIVE)),
         "uint8, signed": distance(our_levels(SIGNED)),
         "bitsandbytes": distance(dynamic_map()),
+        "float8 e4m3": distance(float_levels(jnp.float8_e4m3fn)),
         "float8 e5m2": distance(float_levels(jnp.float8_e5m2)),
-        "bfloat16": (np.array([-40, 0]), np.array([0.55, 0.55])),
     }
     for name, (octave, percent) in sets.items():
-        axes.plot(octave, percent, color=COLORS[name], label=name)
+        thin = {"linewidth": 1, "zorder": 1} if name.startswith("float8") else {}
+        axes.plot(octave, percent, color=COLORS[name], label=name, **thin)
+    least = 100 / 2**8  # of bfloat16, whose distances double within each octave
+    band = {"color": COLORS["bfloat16"], "linewidth": 0, "alpha": 0.6}
+    axes.fill_between([-40, 0], least, 2 * least, label="bfloat16", **band)
     axes.set(
         yscale="log",
         xlim=(-40, 0),
@@ -128,13 +134,14 @@ def draw_levels(axes):
         xlabel="octaves below the largest number",
         ylabel="distance, % of the number",
     )
-    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.1))
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.16))
 
 
 def draw_errors(axes, table):
     for name in ("uint8, non-negative", "bitsandbytes", "bfloat16"):
         values = [table[decay][name][0] for decay in DECAYS]
-        axes.plot(range(3), values, "o-", color=COLORS[name], label=name)
+        label = name.removesuffix(", non-negative")
+        axes.plot(range(3), values, "o-", color=COLORS[name], label=label)
     values = [table[decay]["bfloat16, nearest"][0] for decay in DECAYS]
     style = {"color": COLORS["bfloat16"], "linestyle": "--", "marker": "o"}
     axes.plot(range(3), values, label="bfloat16, nearest", **style)
