@@ -120,7 +120,7 @@ def storage_dtype(name: str, dtype: Any) -> np.dtype:
     if given not in (jnp.bfloat16, jnp.uint8):
         why = "it saves nothing: leave compress_state out"
         if given.itemsize == 1:
-            why = "uint8 has finer levels and more range in the same byte"
+            why = "uint8 has a scale and more range in the same byte"
         elif given.itemsize == 2:
             why = "bfloat16 has the range of float32 in the same bytes"
         raise ValueError(f"`{name}` must be bfloat16 or uint8, got {given}; {why}")

@@ -5,7 +5,7 @@ Where this differs from the 8-bit optimizers of bitsandbytes:
 1. It wraps any optax transformation, on any backend, and all of its options apply.
 2. Codes have the parameter's shape and one scale an array, so they are sharded as the
    parameter is. Blocks of 256 would cut across, and cost a TPU copies of the array.
-3. Rounding is at random. To the nearest, averages with decay 0.99 come to rest.
+3. Rounding is at random. To the nearest, an average of steady numbers comes to rest.
 4. A second moment never becomes 0, which would lengthen the next step.
 """
 
@@ -63,7 +63,7 @@ def compress_state(
     2⁻³⁵: smaller numbers become that one, never 0. In an array with both signs they
     are 10 % apart, 23 % at 2⁻¹⁰, and the last before 0 at 2⁻²⁷. In the first update
     after an array was all 0 they are a factor of 2 apart, at any size. A number more
-    than 5 times the largest of the update before may be held at such a multiple.
+    than 4 times the largest of the update before may be held at such a multiple.
 
     Args:
       tx: any optax transformation. Chained, wrap the part whose state is large.
