@@ -214,6 +214,8 @@ def main():
     help_ = "JSON file (results/small_state_cost-BACKEND.json beside this script)"
     add("--output", type=pathlib.Path, help=help_)
     args = parser.parse_args()
+    if args.quick and not args.output:
+        parser.error("--quick needs --output: it is no record")
     backend = "tpu" if args.tpu else jax.default_backend()
     path = (
         pathlib.Path(__file__).parent / "results" / f"small_state_cost-{backend}.json"

@@ -6,7 +6,7 @@ Where this differs from the 8-bit optimizers of bitsandbytes:
 2. Codes have the parameter's shape and one scale an array, so they are sharded as the
    parameter is. Blocks of 256 would cut across, and cost a TPU copies of the array.
 3. Rounding is at random. To the nearest, an average of steady numbers comes to rest.
-4. A second moment never becomes 0, which would lengthen the next step.
+4. A second moment does not become 0 where its scale is known: it would lengthen steps.
 """
 
 from collections.abc import Callable
@@ -59,25 +59,28 @@ def compress_state(
     their steps are: rounding to the nearest would freeze them.
 
     bfloat16 has levels 0.4 to 0.8 % of a number apart. uint8 has, in a non-negative
-    array, levels 5 % apart near its largest number, 12 % at 2⁻¹⁰ of it, and the last at
-    2⁻³⁵: smaller numbers become that one, never 0. In an array with both signs they
-    are 10 % apart, 23 % at 2⁻¹⁰, and the last before 0 at 2⁻²⁷. In the first update
-    after an array was all 0 they are a factor of 2 apart, at any size. A number more
-    than 4 times the largest of the update before may be held at such a multiple.
+    array, levels some 5 % apart near its largest number, 12 % at 2⁻¹⁰ of it, and the
+    last at 2⁻³⁵: smaller numbers become that one, not 0. In an array with both signs
+    they are 10 % apart, 23 % at 2⁻¹⁰, and the last before 0 at 2⁻²⁷. For one or two
+    updates after an array was all 0 they are a factor of 2 apart, over 126 octaves.
+    For a step or more, a number over 4 times the largest before may be held at such a
+    multiple, and the first negative ones of an array that had none become 0. While an
+    array has a NaN, its scale stays.
 
     Args:
       tx: any optax transformation. Chained, wrap the part whose state is large.
       dtype: jnp.bfloat16 or jnp.uint8.
-      seed: a Python integer in [0, 2³²). The same seed gives the same bits.
+      seed: a Python integer in [0, 2³²). The same seed gives the same bits, also in
+        the shards of `jax.shard_map`, the runs of `jax.vmap`, and the parts of a chain.
       min_size: the least number of elements, in [0, ∞), of an array that is compressed.
 
     Returns:
       A transformation with the updates of `tx`, and with `CompressedState`. Compressed
       are tx's floating-point arrays that have a parameter's shape, at least `min_size`
       elements and one axis, and more bytes than `dtype`; all else is kept as it is. For
-      each, uint8 adds three numbers and bfloat16 one, all of the array's rank, so that
-      a partition for the array serves its codes and these. Under `jax.shard_map` shapes
-      and sizes are those of a shard.
+      each, uint8 adds three numbers and bfloat16 one, all of the array's rank: under
+      `jax.shard_map`, where shapes and sizes are a shard's, the array's partition
+      serves them too; else they are replicated, as `jax.jit(tx.init)` makes them.
 
     Raises:
       TypeError: a `tx` that is no optax transformation; a seed or size that is no
@@ -224,7 +227,8 @@ def stochastic_apply_updates(
 
     Returns:
       The new parameters, in the structure, shapes and dtypes of the old. What is finite
-      stays finite; infinity becomes NaN in bfloat16 and float16.
+      stays finite; infinity becomes NaN in bfloat16 and float16. Rounding passes no
+      derivatives.
 
     Raises:
       TypeError: a key that is none.

@@ -189,7 +189,7 @@ def test_empty_none_and_complex_leaves(dtype):
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     updates, _ = tx.update(params | {"x": None}, state, params)
     assert updates["x"] is None
-    assert tx.init({}).inner is not None
+    tx.init({})
 
 
 @in_either
@@ -531,7 +531,7 @@ def test_updates_far_below_the_spacing_arrive_in_the_mean(dtype, p, fraction):
         error = abs(move.mean() - fraction * spacing)
         assert error <= 5 * move.std() / np.sqrt(move.size) + 1e-7 * abs(p)
         moved.append(move)
-    if fraction not in (0.0,) and moved[0].std() > 0:
+    if moved[0].std() > 0:
         assert (moved[0] != moved[1]).any()
     nearest = optax.apply_updates(params, update)
     if abs(fraction) < 0.5 and p:
