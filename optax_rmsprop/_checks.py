@@ -131,7 +131,7 @@ def stored_as(name: str, leaf: Any, dtype: np.dtype, path: Any) -> None:
     """Check the dtype in which an array of a state has been kept."""
     if leaf.dtype != dtype:
         raise ValueError(
-            f"`{name}` must be compressed to {dtype}, got {leaf.dtype} at {at(path)}; "
+            f"`{name}` must be compressed to {dtype}, got {leaf.dtype} at {_at(path)}; "
             "use the dtype with which it was made, or call init again"
         )
 
@@ -143,7 +143,7 @@ def mask(name: str, tree: Any) -> None:
         if not is_mask:
             raise TypeError(
                 f"`{name}` must be a function or a tree of True and False, got {leaf} "
-                f"at {at(path)}" + _INJECTED.format(name)
+                f"at {_at(path)}" + _INJECTED.format(name)
             )
 
 
@@ -154,7 +154,7 @@ def inexact(name: str, leaf: Any, path: Any, *, remedy: str, real: bool) -> None
         return
     raise TypeError(
         f"`{name}` must be floating point{'' if real else ' or complex'}, got "
-        f"{jnp.result_type(leaf)} at {at(path)}; {remedy}"
+        f"{jnp.result_type(leaf)} at {_at(path)}; {remedy}"
     )
 
 
@@ -163,8 +163,8 @@ def not_integer(name: str, leaf: Any, path: Any) -> None:
     if jnp.issubdtype(jnp.result_type(leaf), jnp.integer):
         raise ValueError(
             f"`{name}` must keep floating-point numbers in a parameter's shape, got "
-            f"{jnp.result_type(leaf)} at {at(path)}; leave integer parameters out with "
-            "optax.masked"
+            f"{jnp.result_type(leaf)} at {_at(path)}; leave integer parameters out "
+            "with optax.masked"
         )
 
 
@@ -182,8 +182,8 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
     """
     given_leaves, given_tree = _by_path(given)
     leaves, tree = _by_path(expected)
-    missing = [at(path) for path in leaves if path not in given_leaves]
-    unexpected = [at(path) for path in given_leaves if path not in leaves]
+    missing = [_at(path) for path in leaves if path not in given_leaves]
+    unexpected = [_at(path) for path in given_leaves if path not in leaves]
     in_both = [path for path in given_leaves if path in leaves]
     problems = []
     for path in in_both:
@@ -194,7 +194,7 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
             shape, expected_shape = np.shape(leaf), np.shape(expected_leaf)
             if shape != expected_shape:
                 problems.append(
-                    f"{at(path)} has shape {shape}, expected {expected_shape}"
+                    f"{_at(path)} has shape {shape}, expected {expected_shape}"
                 )
     if missing:
         problems.append(f"missing {', '.join(missing)}")
@@ -209,8 +209,7 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
         )
 
 
-def at(path: Any) -> str:
-    """The name of a leaf in messages."""
+def _at(path: Any) -> str:
     return keystr(path) or "the root"
 
 

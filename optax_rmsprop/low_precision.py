@@ -115,7 +115,7 @@ def compress_state(
 
     def init_fn(params: optax.Params) -> CompressedState:
         inner = tx.init(params)
-        if any(map(_is_compressed, jax.tree.leaves(inner, is_leaf=_is_compressed))):
+        if _has_compressed(inner):
             raise ValueError(
                 "`tx` must have a state that is not compressed, got one with a "
                 "CompressedState; call compress_state once"
@@ -189,8 +189,7 @@ def decompress_state(state: optax.OptState) -> optax.OptState:
     References:
       `compress_state`.
     """
-
-    if not any(map(_is_compressed, jax.tree.leaves(state, is_leaf=_is_compressed))):
+    if not _has_compressed(state):
         raise ValueError(
             "`state` must have a CompressedState in it, got "
             f"{jax.tree.structure(state)}; it is not compressed: use it as it is"
@@ -282,6 +281,11 @@ def _decode(x: jax.Array, scale: Any) -> jax.Array:
 
 def _is_compressed(x: Any) -> bool:
     return isinstance(x, CompressedState)
+
+
+def _has_compressed(state: optax.OptState) -> bool:
+    leaves = jax.tree.leaves(state, is_leaf=_is_compressed)
+    return any(map(_is_compressed, leaves))
 
 
 def _rebuild(
