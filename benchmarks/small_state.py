@@ -362,6 +362,8 @@ def main():
     )
     add("--check", action="store_true", help=help_)
     args = parser.parse_args()
+    if args.quick and (args.output == results or args.figure == figure):
+        parser.error("--quick needs --output and --figure: it is no record")
     points, seeds = (2, 2) if args.quick else (POINTS, SEEDS)
     report = {
         "python": platform.python_version(),
