@@ -1,10 +1,13 @@
 """Stochastic rounding: to a neighbour at random, so that the mean is the number itself.
 
-The randomness is a hash of each element's place in its array. It costs a few operations
-that fuse with what computes the numbers; random bits would be written to memory first.
+The randomness of an element is the sum of a random number for its row and one for its
+column. That is an operation which fuses with what computes the numbers; a random number
+for each would be written to memory first.
 """
 
-import math
+import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_rmsprop._numerics import cast, clip
 
 ONE = int(np.float32(1).view(np.int32))
+LONG = 2**16  # axes for whose indices a hash is made, not a random number
 
 
 def bits_of(x: jax.Array) -> jax.Array:
@@ -26,24 +30,42 @@ def from_bits(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def salt(*numbers: ArrayLike) -> jax.Array:
-    """One random uint32 made of several integers; another order makes another."""
-    mixed = jnp.uint32(0)
-    for number in numbers:
-        mixed = _mix(mixed * jnp.uint32(0x9E3779B1) + jnp.asarray(number, jnp.uint32))
-    return mixed
+def random_words(
+    key: jax.Array, shapes: Sequence[tuple[int, ...]]
+) -> list[list[jax.Array]]:
+    """For each array a random uint32 number of its own, and one for each index.
+
+    The latter, of each row, column and so on, serve all arrays of a shape. All are made
+    in one call, to be read, and not made again, for every element.
+    """
+    sizes = {shape: [n if n <= LONG else 1 for n in shape] for shape in shapes}
+    counts = [len(shapes), *itertools.chain.from_iterable(sizes.values())]
+    pool = jax.random.bits(key, (sum(counts),), jnp.uint32)
+    ends = itertools.accumulate(counts)
+    parts = [
+        jax.lax.slice_in_dim(pool, end - count, end)
+        for count, end in zip(counts, ends, strict=True)
+    ]
+    own, rest = parts[0], iter(parts[1:])
+    of_shape = {shape: [next(rest) for _ in shape] for shape in sizes}
+    return [[own[i : i + 1], *of_shape[shape]] for i, shape in enumerate(shapes)]
 
 
-def random_bits(shape: tuple[int, ...], bits: int, salt: jax.Array) -> jax.Array:
-    """An integer in [0, 2 ** bits), as int32, for every element."""
-    place = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        stride = jnp.uint32(math.prod(shape[axis + 1 :]) % 2**32)
-        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-    # As `_mix`, but for steps of which the upper bits of the product have no need.
-    x = (place ^ salt) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return (x >> (32 - bits)).astype(jnp.int32)
+def random_bits(
+    shape: tuple[int, ...], bits: int, words: Sequence[jax.Array]
+) -> jax.Array:
+    """An integer in [0, 2 ** bits), as int32, for every element.
+
+    The sum of the words of the array, the row, the column and so on: so any two
+    elements, also of two arrays, are independent, and one costs an addition an axis.
+    """
+    own, *of_axes = words
+    total = own.reshape([1 for _ in shape])
+    for axis, (size, word) in enumerate(zip(shape, of_axes, strict=True)):
+        if size > LONG:
+            word = _mix(jax.lax.iota(jnp.uint32, size) ^ word)
+        total += jnp.expand_dims(word, [i for i in range(len(shape)) if i != axis])
+    return (total >> (32 - bits)).astype(jnp.int32)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -56,7 +78,10 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def stochastic_round(x: ArrayLike, dtype: DTypeLike, salt: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def stochastic_round(
+    x: ArrayLike, dtype: DTypeLike, words: Sequence[jax.Array]
+) -> jax.Array:
     """Round to bfloat16 or float16, up or down with the odds that make the mean x.
 
     Exact to the last bit of x in float32. Finite numbers stay finite, NaN stays NaN,
@@ -71,6 +96,6 @@ def stochastic_round(x: ArrayLike, dtype: DTypeLike, salt: jax.Array) -> jax.Arr
     exponent = jnp.where(exponent > least, exponent, least)
     spacing = from_bits(exponent - (info.nmant << 23))
     below = jnp.floor(x / spacing)
-    uniform = from_bits(random_bits(x.shape, 23, salt) | ONE) - 1
+    uniform = from_bits(random_bits(x.shape, 23, words) | ONE) - 1
     up = uniform < x / spacing - below
     return ((below + up.astype(jnp.float32)) * spacing).astype(dtype)

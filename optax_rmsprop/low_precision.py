@@ -9,7 +9,8 @@ Where this differs from the 8-bit optimizers of bitsandbytes:
 4. A second moment does not become 0 where its scale is known: it would lengthen steps.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +20,10 @@ import optax
 from jax.tree_util import tree_flatten_with_path
 from jax.typing import DTypeLike
 
-from optax_rmsprop import _checks
-from optax_rmsprop._codes import Scale, decode, encode, encode_first
-from optax_rmsprop._rounding import salt, stochastic_round
+from optax_rmsprop import _checks, _codes
+from optax_rmsprop._codes import Format
+from optax_rmsprop._numerics import cast
+from optax_rmsprop._rounding import random_words, stochastic_round
 
 
 class CompressedState(NamedTuple):
@@ -32,13 +34,17 @@ class CompressedState(NamedTuple):
         comes from it.
       inner: the state of `tx`, in its own structure and shapes, with uint8 codes or
         bfloat16 numbers in place of those of the arrays that are compressed.
-      scales: for each leaf of `inner`, how it is decoded: (kind, exponent, highest) for
-        uint8, a 0 of the original dtype for bfloat16, None if it is not compressed.
+      formats: for uint8, how the arrays are decoded, and how the next numbers will be
+        encoded: vectors with an entry for each array. For bfloat16, or if nothing is
+        compressed, None.
+      dtypes: for each leaf of `inner` a 0 in its own dtype, None if it is not
+        compressed.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
     inner: optax.OptState
-    scales: tuple[Any, ...]
+    formats: tuple[Format, Format] | None
+    dtypes: tuple[jax.Array | None, ...]
 
 
 def compress_state(
@@ -78,9 +84,10 @@ def compress_state(
       A transformation with the updates of `tx`, and with `CompressedState`. Compressed
       are tx's floating-point arrays that have a parameter's shape, at least `min_size`
       elements and one axis, and more bytes than `dtype`; all else is kept as it is. For
-      each, uint8 adds three numbers and bfloat16 one, all of the array's rank: under
-      `jax.shard_map`, where shapes and sizes are a shard's, the array's partition
-      serves them too; else they are replicated, as `jax.jit(tx.init)` makes them.
+      each, uint8 adds 20 bytes and bfloat16 4. Under `jax.shard_map`, where
+      shapes and sizes are a shard's, partition `formats` over all axes of the mesh that
+      partition an array: every shard has its own. Else they are replicated, as
+      `jax.jit(tx.init)` makes them.
 
     Raises:
       TypeError: a `tx` that is no optax transformation; a seed or size that is no
@@ -111,7 +118,6 @@ def compress_state(
     seed = _checks.integer("seed", seed, high=2**32)
     min_size = _checks.integer("min_size", min_size)
     tx = optax.with_extra_args_support(tx)
-    first, following = _ENCODERS[dtype.name]
 
     def init_fn(params: optax.Params) -> CompressedState:
         inner = tx.init(params)
@@ -120,20 +126,30 @@ def compress_state(
                 "`tx` must have a state that is not compressed, got one with a "
                 "CompressedState; call compress_state once"
             )
-        shapes = {np.shape(p) for p in jax.tree.leaves(params)}
         count = jnp.zeros([], jnp.int32)
+        if not jax.tree.leaves(params):
+            # None, or those for which optax.tree_map_params has a placeholder: it maps
+            # over `inner` alone if the other fields are one leaf each.
+            return CompressedState(count, inner, *jnp.zeros(2, jnp.int32))
+        shapes = {np.shape(p) for p in jax.tree.leaves(params)}
 
-        def leaf(i: int, path: Any, x: Any) -> tuple[Any, Any]:
+        def dtype_of(path: Any, x: Any) -> jax.Array | None:
             shape, size = np.shape(x), np.size(x)
             of_parameter = shape in shapes and shape != ()
             if not of_parameter or size == 0 or size < min_size:
-                return x, None
+                return None
             _checks.not_integer("tx", x, path)
             floating = jnp.issubdtype(x.dtype, jnp.floating)
             saves = x.dtype.itemsize > dtype.itemsize
-            return first(x, salt(seed, count, i)) if floating and saves else (x, None)
+            return jnp.zeros([], x.dtype) if floating and saves else None
 
-        return CompressedState(count, *_rebuild(leaf, inner))
+        dtypes = tuple(dtype_of(*leaf) for leaf in tree_flatten_with_path(inner)[0])
+        format = None
+        if dtype == jnp.uint8 and (arrays := _selected(inner, dtypes)):
+            wide = [cast(x, jnp.float32) for x in arrays]
+            lowest, highest = ([f(x) for x in wide] for f in (jnp.min, jnp.max))
+            format = _codes.first_format(jnp.stack(lowest), jnp.stack(highest))
+        return CompressedState(count, *_compress(inner, dtypes, format, seed, count))
 
     def update_fn(
         updates: optax.Updates,
@@ -142,23 +158,25 @@ def compress_state(
         **extra_args: Any,
     ) -> tuple[optax.Updates, CompressedState]:
         _checks.same_state(state, CompressedState)
+        dtypes = _dtypes(state)
         leaves, _ = tree_flatten_with_path(state.inner)
-        for (path, x), scale in zip(leaves, state.scales, strict=True):
-            if scale is not None:
+        for (path, x), own in zip(leaves, dtypes, strict=True):
+            if own is not None:
                 _checks.stored_as("state", x, dtype, path)
         old = decompress_state(state)
         updates, inner = tx.update(updates, old, params, **extra_args)
+        leaves, _ = tree_flatten_with_path(inner)
+        for (path, x), own in zip(leaves, dtypes, strict=True):
+            if own is not None:
+                remedy = "as it was in init"
+                _checks.inexact("state", x, path, remedy=remedy, real=True)
         count = optax.safe_increment(state.count)
-
-        def leaf(i: int, path: Any, x: Any) -> tuple[Any, Any]:
-            scale = state.scales[i]
-            if scale is None:
-                return x, None
-            remedy = "as it was in init"
-            _checks.inexact("state", x, path, remedy=remedy, real=True)
-            return following(x, scale, salt(seed, count, i))
-
-        return updates, CompressedState(count, *_rebuild(leaf, inner))
+        if not any(own is not None for own in dtypes):
+            return updates, state._replace(count=count, inner=inner)
+        format = state.formats and state.formats[1]
+        return updates, CompressedState(
+            count, *_compress(inner, dtypes, format, seed, count)
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -196,10 +214,7 @@ def decompress_state(state: optax.OptState) -> optax.OptState:
         )
 
     def part(x: Any) -> Any:
-        if not _is_compressed(x):
-            return x
-        leaves = map(_decode, jax.tree.leaves(x.inner), x.scales)
-        return jax.tree.unflatten(jax.tree.structure(x.inner), leaves)
+        return _decompress(x) if _is_compressed(x) else x
 
     return jax.tree.map(part, state, is_leaf=_is_compressed)
 
@@ -249,34 +264,86 @@ def stochastic_apply_updates(
     _checks.same_tree("updates", updates, "`params`", params)
     leaves = jax.tree.leaves(params)
     treedef: Any = jax.tree.structure(params)
-    salts = jax.random.bits(key, (len(leaves),), jnp.uint32)
+    words = random_words(key, [np.shape(p) for p in leaves])
 
-    def leaf(p: Any, u: Any, salt: jax.Array) -> Any:
+    def leaf(p: Any, u: Any, its_words: list[jax.Array]) -> Any:
         if u is None or jnp.result_type(p) not in (jnp.bfloat16, jnp.float16):
             return optax.apply_updates(p, jnp.zeros_like(p) if u is None else u)
         exact = jnp.asarray(p, jnp.float32) + jnp.asarray(u, jnp.float32)
-        return stochastic_round(exact, p.dtype, salt)
+        return stochastic_round(exact, p.dtype, its_words)
 
-    rows = zip(leaves, treedef.flatten_up_to(updates), salts, strict=True)
+    rows = zip(leaves, treedef.flatten_up_to(updates), words, strict=True)
     return treedef.unflatten(leaf(*row) for row in rows)
 
 
-def _round(x: jax.Array, salt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    zero = jnp.zeros((1,) * x.ndim, x.dtype)
-    return stochastic_round(x, jnp.bfloat16, salt), zero
+def _compress(
+    inner: optax.OptState,
+    dtypes: tuple[jax.Array | None, ...],
+    format: Format | None,
+    seed: int,
+    count: jax.Array,
+) -> tuple[optax.OptState, tuple[Format, Format] | None, tuple[jax.Array | None, ...]]:
+    """The later fields of a CompressedState, as bfloat16 if there is no format."""
+    arrays = _selected(inner, dtypes)
+    key = jax.random.key(np.uint32(seed), impl="threefry2x32")
+    key = jax.random.fold_in(key, count)
+    words = random_words(key, [x.shape for x in arrays])
+    if format is None:
+        pairs = zip(arrays, words, strict=True)
+        new = [stochastic_round(x, jnp.bfloat16, its_words) for x, its_words in pairs]
+        return _replaced(inner, dtypes, new), None, dtypes
+    rows = zip(arrays, _entries(format), words, strict=True)
+    codes, lowest, highest = zip(*(_codes.encode(*row) for row in rows), strict=True)
+    following = _codes.next_format(format, jnp.stack(lowest), jnp.stack(highest))
+    return _replaced(inner, dtypes, codes), (format, following), dtypes
 
 
-# For each dtype, what encodes the first numbers of an array, and those after a scale.
-_ENCODERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "bfloat16": (_round, lambda x, last, salt: _round(x, salt)),
-    "uint8": (encode_first, encode),
-}
+def _decompress(state: CompressedState) -> optax.OptState:
+    dtypes = _dtypes(state)
+    arrays = _selected(state.inner, dtypes)
+    owns = [own.dtype for own in dtypes if own is not None]
+    if not isinstance(state.formats, tuple):
+        new = [x.astype(own) for x, own in zip(arrays, owns, strict=True)]
+    else:
+        rows = zip(arrays, _entries(state.formats[0]), owns, strict=True)
+        new = [_codes.decode(*row) for row in rows]
+    return _replaced(state.inner, dtypes, new)
 
 
-def _decode(x: jax.Array, scale: Any) -> jax.Array:
-    if isinstance(scale, Scale):
-        return decode(x, scale)
-    return x if scale is None else x.astype(scale.dtype)
+def _dtypes(state: CompressedState) -> tuple[jax.Array | None, ...]:
+    """For each leaf of the inner state; of no parameters there are none."""
+    if isinstance(state.dtypes, tuple):
+        return state.dtypes
+    return (None,) * len(jax.tree.leaves(state.inner))
+
+
+def _selected(
+    inner: optax.OptState, dtypes: tuple[jax.Array | None, ...]
+) -> list[jax.Array]:
+    """The arrays that are compressed."""
+    leaves = zip(jax.tree.leaves(inner), dtypes, strict=True)
+    return [x for x, own in leaves if own is not None]
+
+
+def _replaced(
+    inner: optax.OptState,
+    dtypes: tuple[jax.Array | None, ...],
+    new: Sequence[jax.Array],
+) -> optax.OptState:
+    """The state with others in place of the arrays that are compressed."""
+    following = iter(new)
+    pairs = zip(jax.tree.leaves(inner), dtypes, strict=True)
+    leaves = [x if own is None else next(following) for x, own in pairs]
+    return jax.tree.unflatten(jax.tree.structure(inner), leaves)
+
+
+def _entries(vectors: Any) -> list[Any]:
+    """A tree of vectors as a list of trees of scalars."""
+    size = len(jax.tree.leaves(vectors)[0])
+    entry = functools.partial(jax.lax.index_in_dim, keepdims=False)
+    return [
+        jax.tree.map(functools.partial(entry, index=i), vectors) for i in range(size)
+    ]
 
 
 def _is_compressed(x: Any) -> bool:
@@ -286,13 +353,3 @@ def _is_compressed(x: Any) -> bool:
 def _has_compressed(state: optax.OptState) -> bool:
     leaves = jax.tree.leaves(state, is_leaf=_is_compressed)
     return any(map(_is_compressed, leaves))
-
-
-def _rebuild(
-    f: Callable[[int, Any, Any], tuple[Any, Any]], state: optax.OptState
-) -> tuple[optax.OptState, tuple[Any, ...]]:
-    """Apply f to the number, path and value of each leaf: new leaves, and scales."""
-    leaves, _ = tree_flatten_with_path(state)
-    rows = [f(i, *leaf) for i, leaf in enumerate(leaves)]
-    new = jax.tree.unflatten(jax.tree.structure(state), [x for x, _ in rows])
-    return new, tuple(scale for _, scale in rows)

@@ -61,8 +61,8 @@ def compressed(tx, dtype, **options):
 
 def kept(state):
     """The compressed arrays of a CompressedState."""
-    leaves = zip(jax.tree.leaves(state.inner), state.scales, strict=True)
-    return [leaf for leaf, scale in leaves if scale is not None]
+    leaves = zip(jax.tree.leaves(state.inner), state.dtypes, strict=True)
+    return [leaf for leaf, own in leaves if own is not None]
 
 
 def halves(params):
@@ -157,7 +157,9 @@ def test_bytes_a_number(dtype, limit):
     assert {x.dtype.name for x in kept(state)} == {dtype}
     assert len(kept(state)) == 6
     numbers = sum(x.size for x in kept(state))
-    nbytes = sum(x.nbytes for x in jax.tree.leaves((kept(state), state.scales)))
+    nbytes = sum(
+        x.nbytes for x in jax.tree.leaves((kept(state), state.formats, state.dtypes))
+    )
     assert nbytes / numbers < limit
     plain = decompress_state(state)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(plain)) > 1.9 * nbytes
@@ -360,7 +362,8 @@ for n in noise:
     updates, state = mapped(jax.device_put(params + n, by_rows), state, shards)
     assert np.isfinite(updates).all()
 assert jax.tree.leaves(state)[2].shape == (64, 80)
-assert jax.tree.leaves(state.scales)[0].shape == (8, 1)
+for entry in jax.tree.leaves(state.formats):  # two arrays in every shard
+    assert entry.shape == (8 * 2,)
 """
 
 
