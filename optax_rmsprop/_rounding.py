@@ -33,22 +33,17 @@ def from_bits(bits: jax.Array) -> jax.Array:
 def random_words(
     key: jax.Array, shapes: Sequence[tuple[int, ...]]
 ) -> list[list[jax.Array]]:
-    """For each array a random uint32 number of its own, and one for each index.
+    """For each array a random uint32 number for each row, each column and so on.
 
-    The latter, of each row, column and so on, serve all arrays of a shape. All are made
-    in one call, to be read, and not made again, for every element.
+    All are made in one call, to be read, and not made again, for every element.
     """
-    sizes = {shape: [n if n <= LONG else 1 for n in shape] for shape in shapes}
-    counts = [len(shapes), *itertools.chain.from_iterable(sizes.values())]
-    pool = jax.random.bits(key, (sum(counts),), jnp.uint32)
-    ends = itertools.accumulate(counts)
-    parts = [
-        jax.lax.slice_in_dim(pool, end - count, end)
-        for count, end in zip(counts, ends, strict=True)
+    sizes = [[n if n <= LONG else 1 for n in shape or (1,)] for shape in shapes]
+    pool = jax.random.bits(key, (sum(map(sum, sizes)),), jnp.uint32)
+    ends = itertools.accumulate(itertools.chain.from_iterable(sizes))
+    return [
+        [jax.lax.slice_in_dim(pool, (end := next(ends)) - n, end) for n in row]
+        for row in sizes
     ]
-    own, rest = parts[0], iter(parts[1:])
-    of_shape = {shape: [next(rest) for _ in shape] for shape in sizes}
-    return [[own[i : i + 1], *of_shape[shape]] for i, shape in enumerate(shapes)]
 
 
 def random_bits(
@@ -56,16 +51,18 @@ def random_bits(
 ) -> jax.Array:
     """An integer in [0, 2 ** bits), as int32, for every element.
 
-    The sum of the words of the array, the row, the column and so on: so any two
-    elements, also of two arrays, are independent, and one costs an addition an axis.
+    The sum of the words of its row, column and so on: so any two or three elements are
+    independent, and an element costs an addition for every axis but one.
     """
-    own, *of_axes = words
-    total = own.reshape([1 for _ in shape])
-    for axis, (size, word) in enumerate(zip(shape, of_axes, strict=True)):
+    axes = shape or (1,)
+    parts = []
+    for axis, (size, word) in enumerate(zip(axes, words, strict=True)):
         if size > LONG:
             word = _mix(jax.lax.iota(jnp.uint32, size) ^ word)
-        total += jnp.expand_dims(word, [i for i in range(len(shape)) if i != axis])
-    return (total >> (32 - bits)).astype(jnp.int32)
+        others = [i for i in range(len(axes)) if i != axis]
+        parts.append(jnp.expand_dims(word, others))
+    total = functools.reduce(jnp.add, parts)
+    return (total >> (32 - bits)).astype(jnp.int32).reshape(shape)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -90,9 +87,12 @@ def stochastic_round(
     x = cast(x, jnp.float32)
     info = jnp.finfo(dtype)
     x = clip(x, float(info.max)) + 0 * x
+    if dtype == jnp.bfloat16:  # the upper half of a float32
+        bits = (bits_of(x) + random_bits(x.shape, 16, words)) & ~0xFFFF
+        return jnp.where(x == x, from_bits(bits), x).astype(dtype)
     # The neighbours of x are a power of two apart, which its exponent tells.
     exponent = bits_of(x) & 0x7F800000
-    least = max(info.minexp, info.nmant - 126) + 127 << 23
+    least = info.minexp + 127 << 23
     exponent = jnp.where(exponent > least, exponent, least)
     spacing = from_bits(exponent - (info.nmant << 23))
     below = jnp.floor(x / spacing)

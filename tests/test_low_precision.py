@@ -309,6 +309,37 @@ def test_donated_buffers_are_used_again(dtype):
     assert not kept(new)[0].is_deleted()
 
 
+@in_either
+def test_tree_map_params_knows_the_codes(dtype):
+    params = problem()[0]
+    tx = optax.chain(compressed(R(momentum=0.9), dtype), optax.scale(1.0))
+    state = tx.init(params)
+    kinds = jax.tree.map(lambda p: p.shape, params)
+    shapes = optax.tree_map_params(tx, lambda _, shape: shape, state, kinds)
+    assert shapes[0].inner[0].nu == kinds
+    assert shapes[0].inner[1].trace == kinds
+    chex.assert_trees_all_equal(shapes[0].dtypes, state[0].dtypes)
+    for kept_as_it_is in ("count", "formats"):
+        chex.assert_trees_all_equal(
+            getattr(shapes[0], kept_as_it_is), getattr(state[0], kept_as_it_is)
+        )
+    others = optax.tree_map_params(
+        tx, lambda leaf: leaf, state, transform_non_params=lambda _: "other"
+    )
+    assert others[0].formats == others[0].dtypes == "other"
+
+
+@in_either
+def test_a_tree_without_parameters(dtype):
+    tx = compressed(R(), dtype)
+    for empty in ({}, {"frozen": None}):
+        state = tx.init(empty)
+        updates, after = tx.update(empty, state, empty)
+        chex.assert_trees_all_equal_structs(state, after)
+        assert updates == empty
+        assert decompress_state(after)[0].count == 1
+
+
 ON_EIGHT_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np, optax, sys
 from jax.sharding import NamedSharding, PartitionSpec as P
