@@ -9,7 +9,7 @@ With --tpu instead what the TPU compiler makes of a step of one 8192 x 8192 arra
 machine without a TPU: the bytes that it moves to and from HBM, and its scratch memory.
 
     python benchmarks/small_state_cost.py
-    pip install "jax[tpu]"
+    pip install "optax_rmsprop[tpu]"
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/small_state_cost.py --tpu
 """
 
@@ -17,13 +17,12 @@ import argparse
 import itertools
 import json
 import pathlib
-import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import tpu
 from step import HYPERPARAMETERS, JaxSteps, environment, spread, take_turns
 
 from optax_rmsprop import compress_state, rmsprop
@@ -36,8 +35,6 @@ OPTIONS = {
     "centered+momentum": {"centered": True, "momentum": 0.9},
 }
 STATES = ("bfloat16", "uint8")
-TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
-ON_TPU = (8192, 8192)
 # What --check accepts for uint8: HBM bytes a parameter, and 1 MiB of scratch.
 LIMITS = {"plain": 20, "momentum": 28}
 TIME_LIMIT = 1.5  # of a step in float32
@@ -103,64 +100,11 @@ def table_line(name, row):
 
 
 def compile_for_tpu(topology, tx):
-    """The compiled step of one array, with its parameters and state donated."""
-    from jax.experimental import topologies
-
-    description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    device = jax.sharding.SingleDeviceSharding(description.devices[0])
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = jax.ShapeDtypeStruct(ON_TPU, jnp.float32)
-    args = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        (params, jax.eval_shape(tx.init, params), params),
-    )
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+    compiled = tpu.compile_step(topology, tx)
     return {
-        "hbm_bytes_a_parameter": hbm_bytes(compiled.as_text()) / np.prod(ON_TPU),
+        "hbm_bytes_a_parameter": tpu.hbm_bytes(compiled.as_text()) / np.prod(tpu.SHAPE),
         "scratch_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "xla_bytes_a_parameter": compiled.cost_analysis()["bytes accessed"]
-        / np.prod(ON_TPU),
     }
-
-
-ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "u8": 1, "pred": 1}
-NO_TRAFFIC = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
-
-
-def hbm_bytes(program):
-    """What the instructions of a TPU program read from and write to HBM.
-
-    XLA's own "bytes accessed" counts the copies in VMEM too, where the compiler keeps
-    an array of this size between two loops; their layouts have a memory space, S(1).
-    """
-    entry = re.sub(r"/\*.*?\*/", "", program[program.index("ENTRY") :])
-    pattern = r"\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:, |$)"
-    shapes, total = {}, 0
-    for line in entry.splitlines()[1:]:
-        if found := re.match(pattern, line):
-            name, shape, operation, operands = found.groups()
-            shapes[name] = shape
-            if operation in NO_TRAFFIC or operation.endswith("-done"):
-                continue
-            if operation == "copy-start":  # its shape names the source again
-                shape = re.findall(r"\w+\[[\d,]*\]\{[^}]*\}", shape)[0]
-            read = [shapes.get(x.strip().lstrip("%"), "") for x in operands.split(",")]
-            total += sum(map(shape_bytes, [shape, *read]))
-    return total
-
-
-def shape_bytes(shape):
-    total = 0
-    for dtype, sizes, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape):
-        if dtype in ITEM_BYTES and "S(" not in layout:
-            total += ITEM_BYTES[dtype] * int(
-                np.prod([int(n or 1) for n in sizes.split(",")])
-            )
-    return total
 
 
 def tpu_table_line(name, row):
@@ -196,7 +140,7 @@ def times(args):
 
 def compilations():
     """Names and measurements of the rows for TPUs."""
-    for topology, (kind, options) in itertools.product(TOPOLOGIES, OPTIONS.items()):
+    for topology, (kind, options) in itertools.product(tpu.BANDWIDTHS, OPTIONS.items()):
         txs = transforms(options).items()
         row = {name: compile_for_tpu(topology, tx) for name, tx in txs}
         yield f"{topology} {kind}", row
@@ -207,7 +151,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--quick", action="store_true", help="small arrays: to try it")
-    add("--tpu", action="store_true", help=f"compile for {', '.join(TOPOLOGIES)}")
+    add("--tpu", action="store_true", help=f"compile for {', '.join(tpu.BANDWIDTHS)}")
     add("--rounds", type=int, default=2, help="rounds a row, even (2)")
     add("--reps", type=int, default=3, help="turns a round (3)")
     add("--check", action="store_true", help="exit 1 if a figure is over its limit")
