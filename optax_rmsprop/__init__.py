@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from optax_rmsprop.low_precision import (
         stochastic_apply_updates as stochastic_apply_updates,
     )
+    from optax_rmsprop.sharding import check_state_shardings as check_state_shardings
+    from optax_rmsprop.sharding import state_shardings as state_shardings
     from optax_rmsprop.torch_port import TorchRun as TorchRun
     from optax_rmsprop.torch_port import from_torch as from_torch
     from optax_rmsprop.torch_port import from_torch_checkpoint as from_torch_checkpoint
@@ -32,9 +34,11 @@ __version__ = "0.1.0"
 # What is imported at its first use, and from where.
 _LATER = {
     "CompressedState": "low_precision",
+    "check_state_shardings": "sharding",
     "compress_state": "low_precision",
     "decompress_state": "low_precision",
     "dialects": "",
+    "state_shardings": "sharding",
     "stochastic_apply_updates": "low_precision",
     "TorchRun": "torch_port",
     "from_keras": "keras_port",

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
@@ -77,9 +78,10 @@ def prng_key(name: str, value: Any) -> None:
     """Check that a value is one of JAX's keys, old or new."""
     dtype = getattr(value, "dtype", None)
     new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not new and not (dtype == jnp.uint32 and np.ndim(value) == 1):
+    raw = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    if np.shape(value) != (() if new else raw.shape) or not (new or dtype == raw.dtype):
         raise TypeError(
-            f"`{name}` must be a PRNG key, got {value!r}; jax.random.key(0) makes one"
+            f"`{name}` must be one PRNG key, got {value!r}; jax.random.key(0) makes one"
         )
 
 
@@ -207,6 +209,112 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
             f"`{name}` must have the structure and shapes of {like}: "
             + "; ".join(problems)
         )
+
+
+def on_one_mesh(name: str, tree: Any) -> Mesh | AbstractMesh:
+    """Check that every array is sharded by name over the same mesh, and return it."""
+    leaves = tree_flatten_with_path(tree)[0]
+    if not leaves:
+        raise ValueError(
+            f"`{name}` must have an array, whose mesh is used, got {tree!r}; a state "
+            "without parameters needs no shardings"
+        )
+    for path, leaf in leaves:
+        sharding, first = _sharding_of(leaf), _sharding_of(leaves[0][1])
+        if not isinstance(sharding, NamedSharding):
+            raise ValueError(
+                f"`{name}` must have a NamedSharding each, got "
+                f"{sharding or _kind(leaf)} at {_at(path)}; jax.device_put({name}, "
+                "NamedSharding(mesh, PartitionSpec())) replicates them"
+            )
+        if sharding.mesh != first.mesh:
+            raise ValueError(
+                f"`{name}` must be on one mesh, got {_mesh(first.mesh)} at "
+                f"{_at(leaves[0][0])} and {_mesh(sharding.mesh)} at {_at(path)}; "
+                "jax.device_put moves them"
+            )
+    return first.mesh
+
+
+def axis_of(name: str, value: Any, mesh: Mesh | AbstractMesh) -> None:
+    """Check the name of an axis of a mesh."""
+    if value not in mesh.axis_names:
+        axes = " or ".join(map(repr, mesh.axis_names))
+        raise ValueError(
+            f"`{name}` must be an axis of the mesh, {axes}, got {value!r}; name the "
+            "one over which the batch is partitioned"
+        )
+
+
+def sharded_as(name: str, tree: Any, like: str, shardings: Any) -> None:
+    """Check that arrays lie where a tree of shardings puts them."""
+    structure: Any
+    leaves, structure = tree_flatten_with_path(tree)
+    expected, expected_structure = tree_flatten_with_path(shardings)
+    if structure != expected_structure:
+        paths, expected_paths = ([path for path, _ in x] for x in (leaves, expected))
+        missing = [_at(path) for path in expected_paths if path not in paths]
+        unexpected = [_at(path) for path in paths if path not in expected_paths]
+        problems = [f"missing {', '.join(missing)}"] * bool(missing)
+        problems += [f"unexpected {', '.join(unexpected)}"] * bool(unexpected)
+        raise ValueError(
+            f"`{name}` must have the structure of `{like}`: "
+            + ("; ".join(problems) or f"got {structure}, expected {expected_structure}")
+            + "; make both with the same transformation and parameters"
+        )
+    for (path, leaf), (_, sharding) in zip(leaves, expected, strict=True):
+        if not isinstance(sharding, Sharding) or _is_abstract(sharding):
+            raise TypeError(
+                f"`{like}` must be jax.sharding.Sharding on devices, got {sharding!r} "
+                f"at {_at(path)}; NamedSharding(mesh, spec) makes one of a spec"
+            )
+        got = _sharding_of(leaf)
+        if got is None or not _in_one_place(got, sharding, np.ndim(leaf)):
+            raise ValueError(
+                f"`{name}` must be sharded as in `{like}`, got "
+                f"{_place(got) if got else _kind(leaf)} at {_at(path)}, expected "
+                f"{_place(sharding)}; jax.device_put({name}, {like}) moves it"
+            )
+
+
+def _is_abstract(sharding: Any) -> bool:
+    return isinstance(getattr(sharding, "mesh", None), AbstractMesh)
+
+
+def _in_one_place(got: Any, expected: Any, ndim: int) -> bool:
+    if _is_abstract(got) or not got.is_equivalent_to(expected, ndim):
+        return False
+    # With explicit axes the mesh is part of an array's type, and names matter.
+    meshes = [s.mesh for s in (got, expected) if isinstance(s, NamedSharding)]
+    explicit = any(AxisType.Explicit in mesh.axis_types for mesh in meshes)
+    return not explicit or meshes[0] == meshes[-1]
+
+
+def _sharding_of(leaf: Any) -> Any:
+    """None for what is no array, and within `jax.jit`, where it is not known."""
+    return None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+
+
+def _kind(leaf: Any) -> str:
+    return "a traced array" if isinstance(leaf, Tracer) else f"a {type(leaf).__name__}"
+
+
+def _place(sharding: Any) -> str:
+    if not isinstance(sharding, NamedSharding):
+        return str(sharding)
+    memory = sharding.memory_kind
+    at = f" in {memory}" if memory not in (None, "device", "unpinned_host") else ""
+    return f"{sharding.spec} on {_mesh(sharding.mesh)}{at}"
+
+
+def _mesh(mesh: Any) -> str:
+    """Axes, their kinds and, which the mesh's own text leaves out, its devices."""
+    text = ", ".join(f"{name!r}: {size}" for name, size in mesh.shape.items())
+    text += f"; {'/'.join(sorted({kind.name for kind in mesh.axis_types}))}"
+    if isinstance(mesh, Mesh):
+        ids = [str(device.id) for device in mesh.devices.flat]
+        text += f"; devices {' '.join(ids[:8])}{' ...' * (len(ids) > 8)}"
+    return f"Mesh({text})"
 
 
 def _at(path: Any) -> str:

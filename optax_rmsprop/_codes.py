@@ -73,7 +73,7 @@ def encode(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes for the numbers of one array, the smallest code and the largest."""
     x = cast(x, jnp.float32)
-    magnitude, minus = jnp.abs(x), bits_of(x) >> 31
+    magnitude, minus = jnp.abs(x), -(x < 0).astype(jnp.int32)
     # k + 2⁸, a float whose bits are those of k with 15 binary places.
     v = _root(1 + magnitude * _power_of_two(-to.exponent), to) + (2.0**8 - _inverse(to))
     k = ((bits_of(v) + random_bits(x.shape, 15, words)) >> 15) - (127 + 8 << 8)
@@ -115,13 +115,13 @@ def next_format(last: Format, lowest: jax.Array, highest: jax.Array) -> Format:
     kind = jnp.where(nothing, UNKNOWN, kind)
     octave = _octave(_power(k.astype(jnp.float32) + _inverse(last), last))
     spare = _octaves(kind) + last.exponent - octave
-    keep = (kind == last.kind) & (spare >= 3) & (spare <= 7)
+    keep = (spare >= 3) & (spare <= 7)
     exponent = jnp.where(keep, last.exponent, _exponent(kind, octave))
-    window = jnp.where(last.exponent == WINDOWS[0], WINDOWS[1], WINDOWS[0])
-    exponent = jnp.where(kind == UNKNOWN, window, exponent)
     is_nan = lowest == NAN  # which tells nothing of the other numbers
     kind = jnp.where(is_nan, last.kind, kind)
-    return Format(kind, jnp.where(is_nan, last.exponent, exponent))
+    exponent = jnp.where(is_nan, last.exponent, exponent)
+    window = jnp.where(last.exponent == WINDOWS[0], WINDOWS[1], WINDOWS[0])
+    return Format(kind, jnp.where(kind == UNKNOWN, window, exponent))
 
 
 def _exponent(kind: jax.Array, octave: jax.Array) -> jax.Array:

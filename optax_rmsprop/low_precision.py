@@ -66,12 +66,14 @@ def compress_state(
 
     bfloat16 has levels 0.4 to 0.8 % of a number apart. uint8 has, in a non-negative
     array, levels some 5 % apart near its largest number, 12 % at 2⁻¹⁰ of it, and the
-    last at 2⁻³⁵: smaller numbers become that one, not 0. In an array with both signs
-    they are 10 % apart, 23 % at 2⁻¹⁰, and the last before 0 at 2⁻²⁷. For one or two
-    updates after an array was all 0 they are a factor of 2 apart, over 126 octaves.
-    For a step or more, a number over 4 times the largest before may be held at such a
-    multiple, and the first negative ones of an array that had none become 0. While an
-    array has a NaN, its scale stays.
+    last at about 2⁻³⁵: smaller numbers become that one, not 0. In an array with both
+    signs they are 10 % apart, 23 % at 2⁻¹⁰, and the last before 0 at about 2⁻²⁷.
+
+    After an array was all 0, numbers are looked for in [2⁻⁶², 2⁶⁵] and [2⁻¹²⁶, 2] in
+    turn, with levels a factor of 2 apart. For that update, larger ones are held at the
+    end and smaller ones may become 0. So are, for an update or more, numbers over 4
+    times the largest before, and the first negative ones of an array that had none
+    become 0. While an array has a NaN, its scale stays.
 
     Args:
       tx: any optax transformation. Chained, wrap the part whose state is large.
@@ -160,6 +162,15 @@ def compress_state(
         _checks.same_state(state, CompressedState)
         dtypes = _dtypes(state)
         leaves, _ = tree_flatten_with_path(state.inner)
+        arrays = [own for own in dtypes if own is not None]
+        given = {np.shape(x) for x in jax.tree.leaves(state.formats)}
+        expected = {(len(arrays),)} if arrays and dtype == jnp.uint8 else set()
+        if len(dtypes) != len(leaves) or given != expected:
+            raise ValueError(
+                f"`state` must have `dtypes` for {len(leaves)} leaves and `formats` of "
+                f"shapes {expected or '{}'}, got {len(dtypes)} and {given or '{}'}; "
+                "make it with the init of this transformation"
+            )
         for (path, x), own in zip(leaves, dtypes, strict=True):
             if own is not None:
                 _checks.stored_as("state", x, dtype, path)
@@ -171,7 +182,7 @@ def compress_state(
                 remedy = "as it was in init"
                 _checks.inexact("state", x, path, remedy=remedy, real=True)
         count = optax.safe_increment(state.count)
-        if not any(own is not None for own in dtypes):
+        if not arrays:
             return updates, state._replace(count=count, inner=inner)
         format = state.formats and state.formats[1]
         return updates, CompressedState(
@@ -302,7 +313,7 @@ def _decompress(state: CompressedState) -> optax.OptState:
     dtypes = _dtypes(state)
     arrays = _selected(state.inner, dtypes)
     owns = [own.dtype for own in dtypes if own is not None]
-    if not isinstance(state.formats, tuple):
+    if not state.formats:
         new = [x.astype(own) for x, own in zip(arrays, owns, strict=True)]
     else:
         rows = zip(arrays, _entries(state.formats[0]), owns, strict=True)
@@ -312,8 +323,8 @@ def _decompress(state: CompressedState) -> optax.OptState:
 
 def _dtypes(state: CompressedState) -> tuple[jax.Array | None, ...]:
     """For each leaf of the inner state; of no parameters there are none."""
-    if isinstance(state.dtypes, tuple):
-        return state.dtypes
+    if isinstance(state.dtypes, tuple | list):
+        return tuple(state.dtypes)
     return (None,) * len(jax.tree.leaves(state.inner))
 
 

@@ -1,5 +1,6 @@
 """What the documents show holds: Python blocks, docstring examples, links."""
 
+import contextlib
 import doctest
 import importlib
 import inspect
@@ -67,6 +68,7 @@ def test_docstring_examples(module):
 
 
 PUBLIC = [
+    optax_rmsprop.check_state_shardings,
     optax_rmsprop.compress_state,
     optax_rmsprop.decompress_state,
     optax_rmsprop.from_keras,
@@ -75,6 +77,7 @@ PUBLIC = [
     optax_rmsprop.rmsprop,
     optax_rmsprop.scale_by_rms,
     optax_rmsprop.scale_by_stddev,
+    optax_rmsprop.state_shardings,
     optax_rmsprop.stochastic_apply_updates,
     optax_rmsprop.to_torch,
 ]
@@ -94,13 +97,15 @@ def test_every_argument_is_explained(function):
 def test_public_names():
     names = {name for name in dir(optax_rmsprop) if not name.startswith("_")}
     helpers = {"importlib", "Any", "TYPE_CHECKING"}
-    modules = {"keras_port", "low_precision", "optimizer", "torch_port", "transforms"}
+    modules = {"keras_port", "low_precision", "optimizer", "sharding", "torch_port"}
+    modules |= {"transforms"}
     assert names - modules - helpers == {
         "CompressedState",
         "ScaleByRmsState",
         "ScaleByStddevState",
         "TorchRun",
         "add_decayed_weights",
+        "check_state_shardings",
         "compress_state",
         "decompress_state",
         "dialects",
@@ -110,11 +115,22 @@ def test_public_names():
         "rmsprop",
         "scale_by_rms",
         "scale_by_stddev",
+        "state_shardings",
         "stochastic_apply_updates",
         "to_torch",
         "torch_layers",
         "trace",
     }
+
+
+@contextlib.contextmanager
+def beside(folder):
+    """As if run in a folder, one of whose scripts imports another."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.pop(0)
 
 
 def test_the_benchmarks_page_quotes_the_record():
@@ -139,11 +155,8 @@ def test_the_benchmarks_page_quotes_the_record_of_carrying():
 
 
 def test_the_pages_quote_the_record_of_small_states():
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # one script imports another
-    try:
+    with beside(ROOT / "benchmarks"):
         cost = runpy.run_path(str(ROOT / "benchmarks" / "small_state_cost.py"))
-    finally:
-        sys.path.pop(0)
     page = (ROOT / "benchmarks" / "README.md").read_text()
     for backend, prefix in (("cpu", ""), ("tpu", "TPU_")):
         record = f"benchmarks/results/small_state_cost-{backend}.json"
@@ -152,6 +165,14 @@ def test_the_pages_quote_the_record_of_small_states():
         lines = [line(*row) for row in rows.items()]
         assert len(lines) >= 6
         assert "\n".join([cost[f"{prefix}TABLE_HEAD"], *lines]) in page
+
+
+def test_the_page_of_small_states_quotes_the_record_of_errors():
+    folder = ROOT / "docs" / "figures"
+    with beside(folder):
+        script = runpy.run_path(str(folder / "state_error.py"))
+    rows = json.loads((folder / "state_error.json").read_text())
+    assert script["table"](rows) in (ROOT / "docs" / "low_precision.md").read_text()
 
 
 def test_the_benchmarks_page_quotes_the_record_of_training():

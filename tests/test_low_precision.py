@@ -340,6 +340,16 @@ def test_a_tree_without_parameters(dtype):
         assert decompress_state(after)[0].count == 1
 
 
+@pytest.mark.parametrize("part", ["formats", "dtypes"])
+def test_a_state_of_which_a_part_is_missing_is_refused(part):
+    params = jnp.ones((64, 64))
+    tx = compress_state(rmsprop(), "uint8")
+    state = tx.init(params)
+    short = {"formats": None, "dtypes": state.dtypes[:1]}[part]
+    with pytest.raises(ValueError, match=f"`state` must have .*`{part}`.* init"):
+        tx.update(params, state._replace(**{part: short}), params)
+
+
 ON_EIGHT_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np, optax, sys
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -654,7 +664,18 @@ def test_bad_updates(trees, error, says):
         stochastic_apply_updates(*trees, jax.random.key(0))
 
 
-@pytest.mark.parametrize("key", [0, None, jnp.zeros(2)])
+BAD_KEYS = {
+    "number": 0,
+    "None": None,
+    "floats": jnp.zeros(2),
+    "several": jax.random.split(jax.random.key(0), 3),
+    "too long": jnp.zeros(3, jnp.uint32),
+}
+
+
+@pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
 def test_a_bad_key(key):
-    with pytest.raises(TypeError, match=r"`key` must be a PRNG key.*jax\.random\.key"):
+    with pytest.raises(
+        TypeError, match=r"`key` must be one PRNG key.*jax\.random\.key"
+    ):
         stochastic_apply_updates(jnp.ones(2), jnp.ones(2), key)
