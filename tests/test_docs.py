@@ -167,6 +167,16 @@ def test_the_pages_quote_the_record_of_small_states():
         assert "\n".join([cost[f"{prefix}TABLE_HEAD"], *lines]) in page
 
 
+def test_the_page_of_scale_quotes_the_record_of_tpus():
+    folder = ROOT / "benchmarks"
+    with beside(folder):
+        script = runpy.run_path(str(folder / "tpu.py"))
+    rows = json.loads((folder / "results" / "step-tpu.json").read_text())["rows"]
+    lines = [script["table_line"](*row) for row in rows.items()]
+    table = "\n".join([script["TABLE_HEAD"], *lines])
+    assert table in (ROOT / "docs" / "scale.md").read_text()
+
+
 def test_the_page_of_small_states_quotes_the_record_of_errors():
     folder = ROOT / "docs" / "figures"
     with beside(folder):
