@@ -1,7 +1,9 @@
-"""Time one step of optax_rmsprop, optax.rmsprop and torch.optim.RMSprop.
+"""Time one step of optax_rmsprop and of optax's, torch's and Keras' RMSprop.
 
 A JAX step is one jitted update and apply with donated parameters and state; a torch
-step is `optimizer.step()`, foreach and single-tensor. All compute the same numbers, and
+step is `optimizer.step()`, foreach, single-tensor and compiled; Keras' runs on JAX. On
+a CPU with a C compiler there is a loop in C, which reads and writes everything once,
+and on every device a copy: what the machine can do. All compute the same numbers, and
 the run fails if they do not. Each round compiles the programs and allocates the buffers
 anew, every other round in reverse: of two copies of one program, the one built first
 may be 5 % faster, or slower. Then two or three competitors take turns in random order:
@@ -13,6 +15,7 @@ The last column is the bandwidth of our step as a fraction of that of a plain co
 """
 
 import argparse
+import ctypes
 import datetime
 import functools
 import gc
@@ -21,8 +24,11 @@ import os
 import pathlib
 import platform
 import random
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -37,6 +43,11 @@ try:
     import torch
 except ImportError:
     torch = None
+try:
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+except ImportError:
+    keras = None
 
 LEAVES = {
     "1x32M": (1, 32_000_000),
@@ -55,7 +66,11 @@ GROUPS = {
     "optax": ["optax"],
     "copy": ["copy"],
     "torch": ["torch foreach", "torch single"],
+    "torch compile": ["torch compile"],
+    "keras": ["keras"],
+    "C loop": ["C loop"],
 }
+PEERS = [peer for peers in GROUPS.values() for peer in peers if peer != "copy"]
 WARM_UP = 3
 AGREEMENT = 1e-3  # between parameters of size 10; seen: 4e-5 after 280 steps
 # The ratios that --check accepts.
@@ -63,10 +78,10 @@ LIMITS = {
     "optax": {"1x32M": 1.05, "160x150k": 1.05, "1000x1000": 1.05},
     "torch foreach": {"1x32M": 0.75, "160x150k": 0.75},
 }
-TABLE_HEAD = """\
-leaves | options | ours, ms | to optax | to torch foreach | to torch single | \
+TABLE_HEAD = f"""\
+leaves | options | ours, ms | {" | ".join(f"to {peer}" for peer in PEERS)} | \
 build ours / optax, s | bandwidth
----|---|---|---|---|---|---|---"""
+{"|".join(["---"] * (5 + len(PEERS)))}"""
 
 
 class JaxSteps:
@@ -109,17 +124,112 @@ class JaxSteps:
 class TorchSteps:
     """Runs torch's optimizer on the same numbers."""
 
-    def __init__(self, foreach, options, params, gradient_sets, device):
+    def __init__(self, foreach, compiled, options, params, gradient_sets, device):
         self.params = [torch.tensor(p, device=device) for p in params]
         self.gradient_sets = gradient_sets
         self.run = torch.optim.RMSprop(
             self.params, *HYPERPARAMETERS, foreach=foreach, **options
         ).step
+        if compiled:
+            torch.compiler.reset()
+            self.run = torch.compile(self.run)
         self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def use(self, gradient_set):
         for p, g in zip(self.params, self.gradient_sets[gradient_set], strict=True):
             p.grad = g
+
+
+def in_keras(options, params):
+    """Keras' optimizer, as an optax transform; its state has a learning rate too."""
+    variables = [keras.Variable(p) for p in params]
+    rate, decay, eps = HYPERPARAMETERS
+    # Its epsilon is added to the square.
+    optimizer = keras.optimizers.RMSprop(rate, decay, epsilon=eps**2, **options)
+    optimizer.build(variables)
+
+    def init(params):
+        return [jnp.array(v.value) for v in optimizer.variables]
+
+    def update(grads, state, params):
+        new, state = optimizer.stateless_apply(state, grads, params)
+        return jax.tree.map(jnp.subtract, new, params), state
+
+    return optax.GradientTransformation(init, update)
+
+
+C_SOURCE = """
+#include <math.h>
+#include <stddef.h>
+void step(size_t leaves, size_t size, float **p, float **g, float **s, float **m,
+          float **b, float rate, float decay, float eps, float momentum) {
+  float a = 1 - decay, c = a / decay;
+  for (size_t i = 0; i < leaves; i++) {
+    float *pi = p[i], *gi = g[i], *si = s[i], *mi = m ? m[i] : 0, *bi = b ? b[i] : 0;
+    if (m) {
+      #pragma omp parallel for simd if (size > 10000)
+      for (size_t j = 0; j < size; j++) {
+        mi[j] = decay * mi[j] + a * gi[j];
+        float d = gi[j] - mi[j];
+        si[j] = decay * si[j] + c * d * d;
+        bi[j] = momentum * bi[j] + gi[j] / (sqrtf(si[j]) + eps);
+        pi[j] -= rate * bi[j];
+      }
+    } else {
+      #pragma omp parallel for simd if (size > 10000)
+      for (size_t j = 0; j < size; j++) {
+        si[j] = decay * si[j] + a * gi[j] * gi[j];
+        pi[j] -= rate * (gi[j] / (sqrtf(si[j]) + eps));
+      }
+    }
+  }
+}
+"""
+
+
+@functools.cache
+def c_library():
+    """The loop as the machine's compiler makes it, with all of its vectors."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    (folder / "step.c").write_text(C_SOURCE)
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+    command = ["cc", *flags, "step.c", "-o", "step.so", "-lm"]
+    subprocess.run(command, cwd=folder, check=True)
+    return ctypes.CDLL(str(folder / "step.so"))
+
+
+class CSteps:
+    """Runs a loop in C that reads and writes everything once."""
+
+    def __init__(self, options, params, gradient_sets):
+        self.params = [p.copy() for p in params]
+        slots = {"s": True, "m": options["centered"], "b": options["momentum"]}
+        self.slots = [
+            [np.zeros_like(p) for p in params] if used else None
+            for used in slots.values()
+        ]
+        self.gradient_sets = [self.pointers(g) for g in gradient_sets]
+        self.fixed = [self.pointers(x) for x in (self.params, *self.slots)]
+        numbers = *HYPERPARAMETERS, options["momentum"]
+        self.numbers = [ctypes.c_float(x) for x in numbers]
+        self.sizes = [ctypes.c_size_t(n) for n in (len(params), params[0].size)]
+        self.function = c_library().step
+
+    @staticmethod
+    def pointers(arrays):
+        if arrays is None:
+            return None
+        return (ctypes.c_void_p * len(arrays))(*(x.ctypes.data for x in arrays))
+
+    def use(self, gradient_set):
+        self.grads = self.gradient_sets[gradient_set]
+
+    def run(self):
+        params, *slots = self.fixed
+        self.function(*self.sizes, params, self.grads, *slots, *self.numbers)
+
+    def wait(self):
+        pass
 
 
 def torch_device():
@@ -156,8 +266,14 @@ def builders(count, size, options):
     if device := torch_device():
         move = functools.partial(torch.tensor, device=device)
         in_torch = options, params, jax.tree.map(move, gradient_sets), device
-        build["torch foreach"] = lambda: TorchSteps(True, *in_torch)
-        build["torch single"] = lambda: TorchSteps(False, *in_torch)
+        build["torch foreach"] = lambda: TorchSteps(True, False, *in_torch)
+        build["torch single"] = lambda: TorchSteps(False, False, *in_torch)
+        if count < 1000:  # of which it makes one program, in many minutes
+            build["torch compile"] = lambda: TorchSteps(True, True, *in_torch)
+    if keras:
+        build["keras"] = lambda: JaxSteps(in_keras(options, params), *in_jax)
+    if jax.default_backend() == "cpu" and shutil.which("cc"):
+        build["C loop"] = lambda: CSteps(options, params, gradient_sets)
     return build
 
 
@@ -190,8 +306,9 @@ def check_agreement(competitors):
     ours = np.asarray(competitors["ours"].params[0])
     for name in competitors.keys() - {"ours", "copy"}:
         theirs = competitors[name].params[0]
-        theirs = np.asarray(theirs if name == "optax" else theirs.cpu())
-        worst = np.max(np.abs(theirs - ours))
+        theirs = np.asarray(theirs.cpu() if name.startswith("torch") else theirs)
+        # Keras' epsilon differs where a gradient is as small: in a few elements.
+        worst = (np.mean if name == "keras" else np.max)(np.abs(theirs - ours))
         if not worst < AGREEMENT:  # so that NaN fails too
             raise RuntimeError(f"{name} and ours differ by {worst}, over {AGREEMENT}")
 
@@ -244,7 +361,7 @@ def summarize(rounds):
 
 def environment():
     """What the times depend on."""
-    packages = jax, jaxlib, optax, optax_rmsprop, np, torch
+    packages = jax, jaxlib, optax, optax_rmsprop, np, torch, keras
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
@@ -265,7 +382,7 @@ def table_line(name, row):
     summary = row["summary"]
     ratios, build = summary["ratio_to"], summary["build_s"]
     cells = [*name.split(), f"{1e3 * summary['step_s']['ours']['mean']:.2f}"]
-    for peer in ("optax", "torch foreach", "torch single"):
+    for peer in PEERS:
         form = "{mean:.2f} [{min:.2f}, {max:.2f}]" if peer in ratios else "-"
         cells.append(form.format(**ratios.get(peer, {})))
     cells.append(" / ".join(f"{build[n]['mean']:.1f}" for n in ("ours", "optax")))

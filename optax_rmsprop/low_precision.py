@@ -163,7 +163,10 @@ def compress_state(
         dtypes = _dtypes(state)
         leaves, _ = tree_flatten_with_path(state.inner)
         arrays = [own for own in dtypes if own is not None]
-        given = {np.shape(x) for x in jax.tree.leaves(state.formats)}
+        for (path, x), own in zip(leaves, dtypes, strict=False):
+            if own is not None:
+                _checks.stored_as("state", x, dtype, path)
+        given = {np.shape(x) for x in jax.tree.leaves(state.formats) if arrays}
         expected = {(len(arrays),)} if arrays and dtype == jnp.uint8 else set()
         if len(dtypes) != len(leaves) or given != expected:
             raise ValueError(
@@ -171,9 +174,6 @@ def compress_state(
                 f"shapes {expected or '{}'}, got {len(dtypes)} and {given or '{}'}; "
                 "make it with the init of this transformation"
             )
-        for (path, x), own in zip(leaves, dtypes, strict=True):
-            if own is not None:
-                _checks.stored_as("state", x, dtype, path)
         old = decompress_state(state)
         updates, inner = tx.update(updates, old, params, **extra_args)
         leaves, _ = tree_flatten_with_path(inner)
