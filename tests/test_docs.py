@@ -133,48 +133,14 @@ def beside(folder):
         sys.path.pop(0)
 
 
-def test_the_benchmarks_page_quotes_the_record():
-    folder = ROOT / "benchmarks"
-    step = runpy.run_path(str(folder / "step.py"))
-    record = json.loads((folder / "results" / "step-cpu.json").read_text())
-    lines = [step["table_line"](*row) for row in record["rows"].items()]
-    table = "\n".join([step["TABLE_HEAD"], *lines])
-    assert len(lines) == 6
-    assert table in (folder / "README.md").read_text()
-
-
-def test_the_benchmarks_page_quotes_the_record_of_carrying():
-    folder = ROOT / "benchmarks"
-    carry = runpy.run_path(str(folder / "carry.py"))
-    record = json.loads((folder / "results" / "carry.json").read_text())
-    lines = [carry["table_line"](*row) for row in record["rows"].items()]
-    assert len(lines) == 3
-    assert (
-        "\n".join([carry["TABLE_HEAD"], *lines]) in (folder / "README.md").read_text()
-    )
-
-
-def test_the_pages_quote_the_record_of_small_states():
+def test_the_pages_quote_the_records_of_benchmarks():
     with beside(ROOT / "benchmarks"):
-        cost = runpy.run_path(str(ROOT / "benchmarks" / "small_state_cost.py"))
-    page = (ROOT / "benchmarks" / "README.md").read_text()
-    for backend, prefix in (("cpu", ""), ("tpu", "TPU_")):
-        record = f"benchmarks/results/small_state_cost-{backend}.json"
-        rows = json.loads((ROOT / record).read_text())["rows"]
-        line = cost[f"{prefix.lower()}table_line"]
-        lines = [line(*row) for row in rows.items()]
-        assert len(lines) >= 6
-        assert "\n".join([cost[f"{prefix}TABLE_HEAD"], *lines]) in page
-
-
-def test_the_page_of_scale_quotes_the_record_of_tpus():
-    folder = ROOT / "benchmarks"
-    with beside(folder):
-        script = runpy.run_path(str(folder / "tpu.py"))
-    rows = json.loads((folder / "results" / "step-tpu.json").read_text())["rows"]
-    lines = [script["table_line"](*row) for row in rows.items()]
-    table = "\n".join([script["TABLE_HEAD"], *lines])
-    assert table in (ROOT / "docs" / "scale.md").read_text()
+        report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
+    pages = {path: path.read_text() for path in report["PAGES"]}
+    for path, text in pages.items():
+        assert report["in_page"](text) == text, f"{path}: run benchmarks/report.py"
+    for name in filter(report["record"], report["TABLES"]):
+        assert any(report["table"](name) in text for text in pages.values())
 
 
 def test_the_page_of_small_states_quotes_the_record_of_errors():
@@ -183,16 +149,6 @@ def test_the_page_of_small_states_quotes_the_record_of_errors():
         script = runpy.run_path(str(folder / "state_error.py"))
     rows = json.loads((folder / "state_error.json").read_text())
     assert script["table"](rows) in (ROOT / "docs" / "low_precision.md").read_text()
-
-
-def test_the_benchmarks_page_quotes_the_record_of_training():
-    folder = ROOT / "benchmarks"
-    script = runpy.run_path(str(folder / "small_state.py"))
-    rows = json.loads((folder / "results" / "small_state.json").read_text())["rows"]
-    lines = [script["table_line"](*row) for row in rows.items()]
-    assert len(lines) == 30
-    table = "\n".join([script["TABLE_HEAD"], *lines])
-    assert table in (folder / "README.md").read_text()
 
 
 def test_the_changelog_knows_this_version():

@@ -676,6 +676,6 @@ BAD_KEYS = {
 @pytest.mark.parametrize("key", BAD_KEYS.values(), ids=BAD_KEYS)
 def test_a_bad_key(key):
     with pytest.raises(
-        TypeError, match=r"`key` must be one PRNG key.*jax\.random\.key"
+        TypeError, match=r"(?s)`key` must be one PRNG key.*jax\.random\.key"
     ):
         stochastic_apply_updates(jnp.ones(2), jnp.ones(2), key)
