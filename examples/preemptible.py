@@ -1,6 +1,6 @@
 """Train on scikit-learn's digits in a run that may be killed at any time.
 
-    pip install "optax_rmsprop[examples]" orbax-checkpoint
+    pip install "optax_rmsprop[examples]"
     python examples/preemptible.py
 
 Kill it (SIGKILL too) and give the same command again: it goes on from the latest
