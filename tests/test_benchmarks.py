@@ -56,6 +56,6 @@ ENTRY %main (p: f32[8,4], c: u8[8,4]) -> (f32[8,4], u8[8,4]) {
 
 def test_bytes_in_hbm_leave_out_what_stays_in_vmem(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    count = runpy.run_path(str(BENCHMARKS / "small_state_cost.py"))["hbm_bytes"]
+    count = runpy.run_path(str(BENCHMARKS / "tpu.py"))["hbm_bytes"]
     # c is copied to VMEM; p is read and its successor written.
     assert count(PROGRAM) == 32 * (1 + 4 + 4)
