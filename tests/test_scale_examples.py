@@ -179,6 +179,10 @@ for steps in sys.argv[2:]:
 """
 
 
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"),
+    reason="Orbax enters jax.sharding.set_mesh, which is no context in jax 0.6",
+)
 def test_a_checkpoint_goes_on_on_another_number_of_devices(tmp_path):
     found = {}
     for devices, steps in (8, ["4"]), (2, ["4", "8"]), (1, ["8"]):
