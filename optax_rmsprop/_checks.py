@@ -77,9 +77,12 @@ def integer(name: str, value: Any, *, high: float = math.inf) -> int:
 def prng_key(name: str, value: Any) -> None:
     """Check that a value is one of JAX's keys, old or new."""
     dtype = getattr(value, "dtype", None)
-    new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    raw = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    if np.shape(value) != (() if new else raw.shape) or not (new or dtype == raw.dtype):
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        is_key = np.shape(value) == ()
+    else:
+        raw = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        is_key = (np.shape(value), dtype) == (raw.shape, raw.dtype)
+    if not is_key:
         raise TypeError(
             f"`{name}` must be one PRNG key, got {value!r}; jax.random.key(0) makes one"
         )
@@ -184,8 +187,6 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
     """
     given_leaves, given_tree = _by_path(given)
     leaves, tree = _by_path(expected)
-    missing = [_at(path) for path in leaves if path not in given_leaves]
-    unexpected = [_at(path) for path in given_leaves if path not in leaves]
     in_both = [path for path in given_leaves if path in leaves]
     problems = []
     for path in in_both:
@@ -198,10 +199,7 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
                 problems.append(
                     f"{_at(path)} has shape {shape}, expected {expected_shape}"
                 )
-    if missing:
-        problems.append(f"missing {', '.join(missing)}")
-    if unexpected:
-        problems.append(f"unexpected {', '.join(unexpected)}")
+    problems += _other_paths(given_leaves, leaves)
     if not problems and given_tree != tree:
         problems.append(f"got {given_tree}, expected {tree}")
     if problems:
@@ -252,11 +250,7 @@ def sharded_as(name: str, tree: Any, like: str, shardings: Any) -> None:
     leaves, structure = tree_flatten_with_path(tree)
     expected, expected_structure = tree_flatten_with_path(shardings)
     if structure != expected_structure:
-        paths, expected_paths = ([path for path, _ in x] for x in (leaves, expected))
-        missing = [_at(path) for path in expected_paths if path not in paths]
-        unexpected = [_at(path) for path in paths if path not in expected_paths]
-        problems = [f"missing {', '.join(missing)}"] * bool(missing)
-        problems += [f"unexpected {', '.join(unexpected)}"] * bool(unexpected)
+        problems = _other_paths(dict(leaves), dict(expected))
         raise ValueError(
             f"`{name}` must have the structure of `{like}`: "
             + ("; ".join(problems) or f"got {structure}, expected {expected_structure}")
@@ -275,6 +269,14 @@ def sharded_as(name: str, tree: Any, like: str, shardings: Any) -> None:
                 f"{_place(got) if got else _kind(leaf)} at {_at(path)}, expected "
                 f"{_place(sharding)}; jax.device_put({name}, {like}) moves it"
             )
+
+
+def _other_paths(given: dict[Any, Any], expected: dict[Any, Any]) -> list[str]:
+    """What is missing, and what is unexpected, of leaves by their paths."""
+    missing = [_at(path) for path in expected if path not in given]
+    unexpected = [_at(path) for path in given if path not in expected]
+    found = {"missing": missing, "unexpected": unexpected}
+    return [f"{what} {', '.join(paths)}" for what, paths in found.items() if paths]
 
 
 def _is_abstract(sharding: Any) -> bool:

@@ -148,10 +148,10 @@ def compress_state(
         dtypes = tuple(dtype_of(*leaf) for leaf in tree_flatten_with_path(inner)[0])
         format = None
         if dtype == jnp.uint8 and (arrays := _selected(inner, dtypes)):
-            wide = [cast(x, jnp.float32) for x in arrays]
+            wide = [cast(x, jnp.float32) for _, x in arrays]
             lowest, highest = ([f(x) for x in wide] for f in (jnp.min, jnp.max))
             format = _codes.first_format(jnp.stack(lowest), jnp.stack(highest))
-        return CompressedState(count, *_compress(inner, dtypes, format, seed, count))
+        return _compress(count, inner, format, dtypes, seed)
 
     def update_fn(
         updates: optax.Updates,
@@ -161,14 +161,13 @@ def compress_state(
     ) -> tuple[optax.Updates, CompressedState]:
         _checks.same_state(state, CompressedState)
         dtypes = _dtypes(state)
-        leaves, _ = tree_flatten_with_path(state.inner)
-        arrays = [own for own in dtypes if own is not None]
-        for (path, x), own in zip(leaves, dtypes, strict=False):
-            if own is not None:
-                _checks.stored_as("state", x, dtype, path)
-        given = {np.shape(x) for x in jax.tree.leaves(state.formats) if arrays}
-        expected = {(len(arrays),)} if arrays and dtype == jnp.uint8 else set()
-        if len(dtypes) != len(leaves) or given != expected:
+        leaves, compressed = jax.tree.leaves(state.inner), len(jax.tree.leaves(dtypes))
+        whole = len(dtypes) == len(leaves)
+        for path, x in _selected(state.inner, dtypes) if whole else ():
+            _checks.stored_as("state", x, dtype, path)
+        given = {np.shape(x) for x in jax.tree.leaves(state.formats) if compressed}
+        expected = {(compressed,)} if compressed and dtype == jnp.uint8 else set()
+        if not whole or given != expected:
             raise ValueError(
                 f"`state` must have `dtypes` for {len(leaves)} leaves and `formats` of "
                 f"shapes {expected or '{}'}, got {len(dtypes)} and {given or '{}'}; "
@@ -176,18 +175,14 @@ def compress_state(
             )
         old = decompress_state(state)
         updates, inner = tx.update(updates, old, params, **extra_args)
-        leaves, _ = tree_flatten_with_path(inner)
-        for (path, x), own in zip(leaves, dtypes, strict=True):
-            if own is not None:
-                remedy = "as it was in init"
-                _checks.inexact("state", x, path, remedy=remedy, real=True)
+        for path, x in _selected(inner, dtypes):
+            remedy = "as it was in init"
+            _checks.inexact("state", x, path, remedy=remedy, real=True)
         count = optax.safe_increment(state.count)
-        if not arrays:
+        if not compressed:
             return updates, state._replace(count=count, inner=inner)
         format = state.formats and state.formats[1]
-        return updates, CompressedState(
-            count, *_compress(inner, dtypes, format, seed, count)
-        )
+        return updates, _compress(count, inner, format, dtypes, seed)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -288,30 +283,31 @@ def stochastic_apply_updates(
 
 
 def _compress(
-    inner: optax.OptState,
-    dtypes: tuple[jax.Array | None, ...],
-    format: Format | None,
-    seed: int,
     count: jax.Array,
-) -> tuple[optax.OptState, tuple[Format, Format] | None, tuple[jax.Array | None, ...]]:
-    """The later fields of a CompressedState, as bfloat16 if there is no format."""
-    arrays = _selected(inner, dtypes)
+    inner: optax.OptState,
+    format: Format | None,
+    dtypes: tuple[jax.Array | None, ...],
+    seed: int,
+) -> CompressedState:
+    """The state of this count and inner state: in bfloat16 if there is no format."""
+    arrays = [x for _, x in _selected(inner, dtypes)]
     key = jax.random.key(np.uint32(seed), impl="threefry2x32")
     key = jax.random.fold_in(key, count)
     words = random_words(key, [x.shape for x in arrays])
     if format is None:
         pairs = zip(arrays, words, strict=True)
         new = [stochastic_round(x, jnp.bfloat16, its_words) for x, its_words in pairs]
-        return _replaced(inner, dtypes, new), None, dtypes
+        return CompressedState(count, _replaced(inner, dtypes, new), None, dtypes)
     rows = zip(arrays, _entries(format), words, strict=True)
     codes, lowest, highest = zip(*(_codes.encode(*row) for row in rows), strict=True)
     following = _codes.next_format(format, jnp.stack(lowest), jnp.stack(highest))
-    return _replaced(inner, dtypes, codes), (format, following), dtypes
+    inner = _replaced(inner, dtypes, codes)
+    return CompressedState(count, inner, (format, following), dtypes)
 
 
 def _decompress(state: CompressedState) -> optax.OptState:
     dtypes = _dtypes(state)
-    arrays = _selected(state.inner, dtypes)
+    arrays = [x for _, x in _selected(state.inner, dtypes)]
     owns = [own.dtype for own in dtypes if own is not None]
     if not state.formats:
         new = [x.astype(own) for x, own in zip(arrays, owns, strict=True)]
@@ -330,10 +326,11 @@ def _dtypes(state: CompressedState) -> tuple[jax.Array | None, ...]:
 
 def _selected(
     inner: optax.OptState, dtypes: tuple[jax.Array | None, ...]
-) -> list[jax.Array]:
-    """The arrays that are compressed."""
-    leaves = zip(jax.tree.leaves(inner), dtypes, strict=True)
-    return [x for x, own in leaves if own is not None]
+) -> list[tuple[Any, jax.Array]]:
+    """Path and value of each array that is compressed."""
+    leaves, _ = tree_flatten_with_path(inner)
+    pairs = zip(leaves, dtypes, strict=True)
+    return [leaf for leaf, own in pairs if own is not None]
 
 
 def _replaced(
