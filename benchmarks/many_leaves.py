@@ -12,14 +12,23 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from step import HYPERPARAMETERS, JaxSteps, environment, spread, take_turns
+from step import (
+    HYPERPARAMETERS,
+    OPTIONS,
+    JaxSteps,
+    environment,
+    in_optax,
+    random_numbers,
+    spread,
+    take_turns,
+)
 
 from optax_rmsprop import rmsprop
 
 SIZE = 1000
-OPTIONS = {"plain": {}, "centered+momentum": {"centered": True, "momentum": 0.9}}
 TABLE_HEAD = """\
 arrays | options | optax: build, s | step, ms | ours / optax: build | step | \
 in one vector / optax: build | step
@@ -28,17 +37,12 @@ in one vector / optax: build | step
 
 def transforms(options):
     ours = rmsprop(*HYPERPARAMETERS, **options)
-    theirs = optax.rmsprop(*HYPERPARAMETERS, eps_in_sqrt=False, **options)
+    theirs = in_optax(options)
     return {"optax": theirs, "ours": ours, "in one vector": optax.flatten(ours)}
 
 
 def measure(count, options, rounds, reps):
-    rng = np.random.default_rng(0)
-    params, g, h = (
-        [jax.numpy.asarray(rng.standard_normal(SIZE, np.float32)) for _ in range(count)]
-        for _ in range(3)
-    )
-    gradient_sets = [g, [-x for x in g], h]
+    params, gradient_sets = jax.tree.map(jnp.array, random_numbers(count, SIZE))
     txs = transforms(options)
     build, step = {name: [] for name in txs}, {name: [] for name in txs}
     for r in range(rounds):

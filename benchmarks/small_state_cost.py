@@ -23,7 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tpu
-from step import HYPERPARAMETERS, JaxSteps, environment, spread, take_turns
+from step import (
+    HYPERPARAMETERS,
+    JaxSteps,
+    environment,
+    random_numbers,
+    spread,
+    take_turns,
+)
 
 from optax_rmsprop import compress_state, rmsprop
 
@@ -34,6 +41,7 @@ OPTIONS = {
     "momentum": {"momentum": 0.9},
     "centered+momentum": {"centered": True, "momentum": 0.9},
 }
+ON_TPU = OPTIONS | {"momentum+decay": {"momentum": 0.9, "weight_decay": 1e-4}}
 STATES = ("bfloat16", "uint8")
 # What --check accepts for uint8: HBM bytes a parameter, and 1 MiB of scratch.
 LIMITS = {"plain": 20, "momentum": 28}
@@ -61,12 +69,7 @@ def state_bytes(tx, params):
 
 def measure(count, shape, options, loop, rounds, reps):
     """Ratios of the time of a step to float32's, and the size of the state."""
-    rng = np.random.default_rng(0)
-    params, g, h = (
-        [jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in range(count)]
-        for _ in range(3)
-    )
-    gradient_sets = [g, [-x for x in g], h]
+    params, gradient_sets = jax.tree.map(jnp.array, random_numbers(count, shape))
     txs = transforms(options)
     medians = {name: [] for name in txs}
     ratios = {name: [] for name in STATES}
@@ -97,14 +100,6 @@ def table_line(name, row):
     sizes = " / ".join(f"{x:.2f}" for x in row["state_bytes_a_parameter"].values())
     milliseconds = f"{1e3 * row['step_s']['float32']['mean']:.1f}"
     return " | ".join([*name.split(), milliseconds, *ratios, sizes])
-
-
-def compile_for_tpu(topology, tx):
-    compiled = tpu.compile_step(topology, tx)
-    return {
-        "hbm_bytes_a_parameter": tpu.hbm_bytes(compiled.as_text()) / np.prod(tpu.SHAPE),
-        "scratch_bytes": compiled.memory_analysis().temp_size_in_bytes,
-    }
 
 
 def tpu_table_line(name, row):
@@ -140,9 +135,9 @@ def times(args):
 
 def compilations():
     """Names and measurements of the rows for TPUs."""
-    for topology, (kind, options) in itertools.product(tpu.BANDWIDTHS, OPTIONS.items()):
+    for topology, (kind, options) in itertools.product(tpu.BANDWIDTHS, ON_TPU.items()):
         txs = transforms(options).items()
-        row = {name: compile_for_tpu(topology, tx) for name, tx in txs}
+        row = {name: tpu.measure(topology, tx) for name, tx in txs}
         yield f"{topology} {kind}", row
 
 

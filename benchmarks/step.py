@@ -140,6 +140,11 @@ class TorchSteps:
             p.grad = g
 
 
+def in_optax(options):
+    options = dict(options, momentum=options["momentum"] or None, eps_in_sqrt=False)
+    return optax.rmsprop(*HYPERPARAMETERS, **options)
+
+
 def in_keras(options, params):
     """Keras' optimizer, as an optax transform; its state has a learning rate too."""
     variables = [keras.Variable(p) for p in params]
@@ -190,12 +195,12 @@ void step(size_t leaves, size_t size, float **p, float **g, float **s, float **m
 @functools.cache
 def c_library():
     """The loop as the machine's compiler makes it, with all of its vectors."""
-    folder = pathlib.Path(tempfile.mkdtemp())
-    (folder / "step.c").write_text(C_SOURCE)
     flags = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
     command = ["cc", *flags, "step.c", "-o", "step.so", "-lm"]
-    subprocess.run(command, cwd=folder, check=True)
-    return ctypes.CDLL(str(folder / "step.so"))
+    with tempfile.TemporaryDirectory() as folder:  # not needed once it is loaded
+        pathlib.Path(folder, "step.c").write_text(C_SOURCE)
+        subprocess.run(command, cwd=folder, check=True)
+        return ctypes.CDLL(str(pathlib.Path(folder, "step.so")))
 
 
 class CSteps:
@@ -240,21 +245,25 @@ def torch_device():
     return "cuda" if backend == "gpu" and torch.cuda.is_available() else None
 
 
-def builders(count, size, options):
-    """A function for each competitor that builds it anew, on the same random numbers.
+def random_numbers(count, shape):
+    """Parameters, and three sets of gradients.
 
     With g and -g no element's variance collapses, which would end in NaN for torch and
     optax, and in the slow arithmetic of subnormal numbers.
     """
     rng = np.random.default_rng(0)
     params, g, h = (
-        [rng.standard_normal(size, np.float32) for _ in range(count)] for _ in range(3)
+        [rng.standard_normal(shape, np.float32) for _ in range(count)] for _ in range(3)
     )
-    gradient_sets = [g, [-x for x in g], h]
+    return params, [g, [-x for x in g], h]
+
+
+def builders(count, size, options):
+    """A function for each competitor that builds it anew, on the same numbers."""
+    params, gradient_sets = random_numbers(count, size)
     in_jax = params, jax.tree.map(jnp.array, gradient_sets)
     ours = optax_rmsprop.rmsprop(*HYPERPARAMETERS, **options)
-    in_optax = dict(options, momentum=options["momentum"] or None, eps_in_sqrt=False)
-    theirs = optax.rmsprop(*HYPERPARAMETERS, **in_optax)
+    theirs = in_optax(options)
     # p + -2p reads and writes every element once, of one array of the same size.
     negation = optax.stateless(lambda g, p: [-2 * p[0]])
     whole = [np.ones(count * size, np.float32)], [()] * 3

@@ -61,9 +61,10 @@ def compile_step(topology, tx, shape=SHAPE):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
     params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x, jnp.float32), shape, is_leaf=is_shape
+        lambda x: jax.ShapeDtypeStruct(x, jnp.float32),
+        shape,
+        is_leaf=lambda x: isinstance(x, tuple),
     )
     args = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -123,7 +124,8 @@ def large(program, operations, least=2**20):
 
 def measure(topology, tx):
     compiled = compile_step(topology, tx)
-    program, moved = compiled.as_text(), hbm_bytes(compiled.as_text())
+    program = compiled.as_text()
+    moved = hbm_bytes(program)
     return {
         "loops": large(program, {"fusion"}),
         "hbm_bytes_a_parameter": moved / np.prod(SHAPE),

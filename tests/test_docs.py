@@ -141,6 +141,10 @@ def test_the_pages_quote_the_records_of_benchmarks():
         assert report["in_page"](text) == text, f"{path}: run benchmarks/report.py"
     for name in filter(report["record"], report["TABLES"]):
         assert any(report["table"](name) in text for text in pages.values())
+    rows = {"step-cpu": 6, "carry": 3, "small_state": 30}  # of whole records
+    rows |= {"small_state_cost-cpu": 12, "small_state_cost-tpu": 8, "step-tpu": 10}
+    for name, number in rows.items():
+        assert len(report["record"](name)["rows"]) == number
 
 
 def test_the_page_of_small_states_quotes_the_record_of_errors():
