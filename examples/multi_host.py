@@ -65,11 +65,12 @@ def my_rows(
         yield images[rows], labels[rows]
 
 
-def sharding_of(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
+def in_parts(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
     """A share of the first axis that divides evenly to each device, or a copy."""
     even = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0]
     axes = [None] * even[0] + ["devices"] if even else []
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def train(
@@ -96,9 +97,11 @@ def train(
         return optax.apply_updates(params, updates), opt_state, loss
 
     key = jax.random.key(options.seed)
-    # RMSprop's averages have the parameters' shapes, and so the same shardings.
-    shardings = jax.tree.map(
-        lambda leaf: sharding_of(leaf, mesh), jax.eval_shape(first_state, key)
+    shapes, _ = jax.eval_shape(first_state, key)
+    shapes = jax.tree.map(lambda leaf: in_parts(leaf, mesh), shapes)
+    shardings = (
+        jax.tree.map(lambda leaf: leaf.sharding, shapes),
+        optax_rmsprop.state_shardings(tx, shapes),
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_rows = NamedSharding(mesh, PartitionSpec("devices"))

@@ -92,14 +92,13 @@ class Run:
         )
         self.mesh = Mesh(np.array(jax.devices()), ("devices",))
         shapes = jax.eval_shape(partial(self.first_state, options.seed))
-        self.shardings = jax.tree.map(self.sharding, shapes)
-        self.abstract_state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=sharding
-            ),
-            shapes,
-            self.shardings,
-        )
+        params = jax.tree.map(self.in_parts, shapes["params"])
+        self.shardings = {
+            "params": jax.tree.map(lambda leaf: leaf.sharding, params),
+            "opt_state": optax_rmsprop.state_shardings(self.tx, params),
+            "key": NamedSharding(self.mesh, PartitionSpec()),
+        }
+        self.abstract_state = jax.tree.map(with_sharding, shapes, self.shardings)
         self.init = jax.jit(
             self.first_state, static_argnums=0, out_shardings=self.shardings
         )
@@ -108,14 +107,11 @@ class Run:
         )
         self.checksum = jax.jit(checksum)
 
-    def sharding(self, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def in_parts(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         """A share of the first axis that divides evenly to each device, or a copy."""
-        axes: list[str | None] = [None] * len(leaf.shape)
-        for axis, size in enumerate(leaf.shape):
-            if size % self.mesh.size == 0 and leaf.dtype == jnp.float32:
-                axes[axis] = "devices"
-                break
-        return NamedSharding(self.mesh, PartitionSpec(*axes))
+        even = [i for i, size in enumerate(leaf.shape) if size % self.mesh.size == 0]
+        axes = [None] * even[0] + ["devices"] if even else []
+        return with_sharding(leaf, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
     def first_state(self, seed: int) -> State:
         for_weights, for_dropout = jax.random.split(jax.random.key(seed))
@@ -145,6 +141,12 @@ class Run:
             "opt_state": opt_state,
             "key": jax.random.key_data(key),
         }, loss
+
+
+def with_sharding(
+    leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
+) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def checksum(state: State) -> jax.Array:

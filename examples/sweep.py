@@ -233,10 +233,13 @@ def main(argv: list[str] | None = None) -> dict:
     parser = command_line()
     options = parser.parse_args(argv)
     if options.output.suffix != ".png":
-        parser.error("--output must end in .png")
+        parser.error(f"--output: must end in .png, got {options.output}")
     if options.torch_runs and importlib.util.find_spec("torch") is None:
         parser.error("--torch-runs needs torch: pip install torch")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: must be in a folder that can be made: {error}")
     digits = split_digits()
     digits[:2] = (images.reshape(len(images), 64) for images in digits[:2])
     settings = {n: jnp.array([s[n] for s in SETTINGS], jnp.float32) for n in GRID}

@@ -1,3 +1,6 @@
+import importlib
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -11,3 +14,11 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(scope="module")
+def import_example():
+    """Imports a module of `examples/`, where one may import another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent / "examples")
+        yield importlib.import_module

@@ -23,10 +23,8 @@ TOGETHER = 2e-6
 
 
 @pytest.fixture(scope="module")
-def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("port_from_torch")
+def example(import_example):
+    return import_example("port_from_torch")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The example that takes a run from torch to Flax and back: the runs stay together."""
 
-import importlib
 import re
 from pathlib import Path
 
@@ -16,10 +15,8 @@ SHORT = ["--epochs=1", "--batch-size=128"]
 
 
 @pytest.fixture(scope="module")
-def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("resume_from_torch")
+def example(import_example):
+    return import_example("resume_from_torch")
 
 
 def run(example, folder):

@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import importlib
 import os
 import random
 import re
@@ -47,15 +46,11 @@ def run(script, *options, devices=1):
 
 
 @pytest.fixture(scope="module")
-def examples():
+def examples(import_example):
     """The modules, in a process that computes as a user's does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        names = ("multi_host", "preemptible")
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            yield argparse.Namespace(
-                **{name: importlib.import_module(name) for name in names}
-            )
+    names = ("multi_host", "preemptible")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield argparse.Namespace(**{name: import_example(name) for name in names})
 
 
 # Several hosts.

@@ -27,10 +27,8 @@ TOLERANCE_64 = 4e-7
 
 
 @pytest.fixture(scope="module")
-def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("sweep")
+def example(import_example):
+    return import_example("sweep")
 
 
 def arrays(settings, dtype=jnp.float32):
@@ -173,6 +171,19 @@ def test_it_says_when_torch_is_missing(example, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         example.main(["--torch-runs=2"])
     assert "needs torch: pip install torch" in capsys.readouterr().err
+
+
+BAD_OUTPUTS = {
+    "sweep.pdf": r"--output: must end in \.png, got sweep\.pdf",
+    f"{__file__}/sweep.png": "--output: must be in a folder that can be made: ",
+}
+
+
+@pytest.mark.parametrize(("output", "says"), BAD_OUTPUTS.items())
+def test_a_bad_output(example, output, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        example.main(["--output", output])
+    assert re.search(says, capsys.readouterr().err)
 
 
 def test_it_explains_every_option(example):
