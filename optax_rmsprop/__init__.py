@@ -15,6 +15,8 @@ from optax_rmsprop.transforms import scale_by_stddev as scale_by_stddev
 if TYPE_CHECKING:
     from optax_rmsprop import dialects as dialects
     from optax_rmsprop import torch_layers as torch_layers
+    from optax_rmsprop.diagnostics import Diagnosis as Diagnosis
+    from optax_rmsprop.diagnostics import diagnose as diagnose
     from optax_rmsprop.keras_port import from_keras as from_keras
     from optax_rmsprop.low_precision import CompressedState as CompressedState
     from optax_rmsprop.low_precision import compress_state as compress_state
@@ -34,9 +36,11 @@ __version__ = "0.1.0"
 # What is imported at its first use, and from where.
 _LATER = {
     "CompressedState": "low_precision",
+    "Diagnosis": "diagnostics",
     "check_state_shardings": "sharding",
     "compress_state": "low_precision",
     "decompress_state": "low_precision",
+    "diagnose": "diagnostics",
     "dialects": "",
     "state_shardings": "sharding",
     "stochastic_apply_updates": "low_precision",

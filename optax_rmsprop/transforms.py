@@ -224,8 +224,8 @@ def scale_by_stddev(
     of this module.
 
     References:
-      Graves, Generating Sequences With Recurrent Neural Networks, arXiv:1308.0850,
-        eq. 38-45.
+      Graves, Generating Sequences With Recurrent Neural Networks, eq. 38-45,
+      arXiv:1308.0850.
       torch/optim/rmsprop.py (2.13.0), `_single_tensor_rmsprop`.
     """
     why = " (torch calls it alpha); at 0 the mean is the gradient and the variance 0"

@@ -16,6 +16,13 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
+@pytest.fixture
+def standard_promotion():
+    """For the parts of optax that do not run under strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def import_example():
     """Imports a module of `examples/`, where one may import another."""

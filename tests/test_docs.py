@@ -17,7 +17,6 @@ import optax_rmsprop
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], key=str)
-PAGES += [ROOT / "benchmarks" / "README.md"]
 MODULES = [
     importlib.import_module(f"optax_rmsprop.{module.name}")
     for module in pkgutil.iter_modules(optax_rmsprop.__path__)
@@ -71,6 +70,7 @@ PUBLIC = [
     optax_rmsprop.check_state_shardings,
     optax_rmsprop.compress_state,
     optax_rmsprop.decompress_state,
+    optax_rmsprop.diagnose,
     optax_rmsprop.from_keras,
     optax_rmsprop.from_torch,
     optax_rmsprop.from_torch_checkpoint,
@@ -97,10 +97,11 @@ def test_every_argument_is_explained(function):
 def test_public_names():
     names = {name for name in dir(optax_rmsprop) if not name.startswith("_")}
     helpers = {"importlib", "Any", "TYPE_CHECKING"}
-    modules = {"keras_port", "low_precision", "optimizer", "sharding", "torch_port"}
-    modules |= {"transforms"}
+    modules = {"diagnostics", "keras_port", "low_precision", "optimizer", "sharding"}
+    modules |= {"torch_port", "transforms"}
     assert names - modules - helpers == {
         "CompressedState",
+        "Diagnosis",
         "ScaleByRmsState",
         "ScaleByStddevState",
         "TorchRun",
@@ -108,6 +109,7 @@ def test_public_names():
         "check_state_shardings",
         "compress_state",
         "decompress_state",
+        "diagnose",
         "dialects",
         "from_keras",
         "from_torch",

@@ -28,13 +28,6 @@ FLOAT32_DECAY_TOLERANCE = 3e-5  # 1 - float32(0.999) is off by 1.3e-5; observed:
 OPTIONS = {"decay": 0.9, "eps": 1e-2, "momentum": 0.8, "weight_decay": 0.1}
 
 
-@pytest.fixture
-def standard_promotion():
-    """For the parts of optax that do not run under strict promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def arrays(steps=STEPS):
     """Parameters and, along a leading axis of steps, their gradients."""
     params, gradients, _ = problem(steps)

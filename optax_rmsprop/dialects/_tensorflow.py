@@ -173,9 +173,10 @@ def keras(
       epsilon: in [0, ∞), in the square of the gradient's unit.
       centered: whether to divide by the standard deviation.
       weight_decay: None or in [0, ∞).
-      clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
-        ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps: refused
-        unless left as they are, with what to use in the chain.
+      clipnorm, clipvalue, global_clipnorm: refused unless left as they are, with what
+        to use in the chain.
+      use_ema, ema_momentum, ema_overwrite_frequency: likewise.
+      loss_scale_factor, gradient_accumulation_steps: likewise.
       name: accepted; it changes no number.
       weight_decay_mask: True where weights decay, in place of
         `exclude_from_weight_decay`. See `rmsprop`.
