@@ -2,8 +2,8 @@
 
     python benchmarks/report.py
 
-Every table of benchmarks/README.md and docs/scale.md that has a record in
-benchmarks/results is made anew, and results/step-BACKEND.png from step-BACKEND.json.
+Every table of docs/benchmarks.md and docs/scale.md that has a record in
+benchmarks/results is made anew, and results/step-BACKEND.png for CPU, GPU and TPU.
 """
 
 import json
@@ -22,7 +22,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FOLDER = Path(__file__).parent
-PAGES = FOLDER / "README.md", FOLDER.parent / "docs" / "scale.md"
+DOCS = FOLDER.parent / "docs"
+PAGES = DOCS / "benchmarks.md", DOCS / "scale.md"
 # The record, the first lines of its table, and what makes the others.
 TABLES = {
     "step-cpu": (step.TABLE_HEAD, step.table_line),
@@ -63,32 +64,59 @@ def in_page(text):
     return "\n\n".join(blocks) + "\n"
 
 
-def draw(name):
+def draw_times(name):
     """The time of every competitor, as a multiple of ours."""
     rows = record(name)["rows"]
-    figure, panels = plt.subplots(
-        1, len(rows), figsize=(2.2 * len(rows), 3.2), layout="constrained", sharey=True
-    )
+    size = {"figsize": (9, 3), "sharex": True, "sharey": True}
+    figure, panels = plt.subplots(1, len(rows), **size)
     for axes, (row, found) in zip(panels, rows.items(), strict=True):
         ratios = found["summary"]["ratio_to"]
-        times = {p: 1 / ratios[p]["mean"] for p in step.PEERS if p in ratios}
-        names = ["ours", *times]
-        colors = ["tab:blue", *["tab:gray"] * len(times)]
-        axes.barh(names, [1, *times.values()], color=colors)
-        axes.axvline(1, color="tab:blue", linewidth=1)
-        axes.set(title=row.replace(" ", "\n"), xlabel="time / ours")
-        axes.spines[["top", "right"]].set_visible(False)
+        times = {p: 1 / ratios[p]["mean"] if p in ratios else 0 for p in step.PEERS}
+        axes.barh(["ours", *times], [1, *times.values()], color=["C0", *["C5"] * 6])
+        axes.axvline(1, color="C0", linewidth=1)
+        title = row.replace(" ", "\n").replace("+", "\n+ ")
+        axes.set(title=title, xlabel="time / ours")
+        axes.grid(axis="y", visible=False)
     panels[0].invert_yaxis()
-    figure.savefig(FOLDER / "results" / f"{name}.png", dpi=150)
-    plt.close(figure)
+    return figure
+
+
+def draw_traffic(name):
+    """The bytes that a compiled step moves, and the least time that they take."""
+    rows = {tuple(row.split()): found for row, found in record(name)["rows"].items()}
+    targets = list(dict.fromkeys(target for target, *_ in rows))
+    figure, panels = plt.subplots(1, len(targets), figsize=(9, 2.8), sharey=True)
+    for axes, target in zip(panels, targets, strict=True):
+        found = {row[1:]: rows[row] for row in rows if row[0] == target}
+        times = [1e3 * row["least_s"] for row in found.values()]
+        colors = ["C0" if by == "ours" else "C5" for _, by in found]
+        bars = axes.barh([", ".join(row) for row in found], times, color=colors)
+        sizes = [f"{x['hbm_bytes_a_parameter']:.0f} bytes" for x in found.values()]
+        axes.bar_label(bars, sizes, padding=3, color="C5")
+        chip = target.partition(":")[0]
+        axes.set(title=f"TPU {chip}", xlabel="least time of a step, ms")
+        axes.margins(x=0.25)
+        axes.grid(axis="y", visible=False)
+    panels[0].invert_yaxis()
+    return figure
+
+
+FIGURES = {
+    "step-cpu": draw_times,
+    "step-gpu": draw_times,
+    "step-tpu": draw_traffic,
+}
 
 
 def main():
     for page in PAGES:
         page.write_text(in_page(page.read_text()))
-    for name in ("step-cpu", "step-gpu"):
+    plt.style.use(DOCS / "figures" / "site.mplstyle")
+    for name, draw in FIGURES.items():
         if record(name):
-            draw(name)
+            figure = draw(name)
+            figure.savefig(FOLDER / "results" / f"{name}.png")
+            plt.close(figure)
 
 
 if __name__ == "__main__":
