@@ -117,6 +117,7 @@ def main():
             figure = draw(name)
             figure.savefig(FOLDER / "results" / f"{name}.png")
             plt.close(figure)
+    small_state.draw(record("small_state"), DOCS / "figures" / "small_state.png")
 
 
 if __name__ == "__main__":

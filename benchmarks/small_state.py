@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import sklearn
+from matplotlib import style
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -306,14 +307,15 @@ def compressed_share(task):
 def draw(report, path):
     """A row of panels for every task: two optimizers, two losses."""
     looks = {  # ever thinner, since most lie on one another
-        "float32": {"color": "0.8", "linewidth": 8},
-        "bfloat16 state": {"color": "tab:blue", "linewidth": 4.5},
-        "all bfloat16, rounded at random": {"color": "tab:orange", "linewidth": 2.5},
-        "uint8 state": {"color": "black", "linestyle": ":", "linewidth": 1.5},
-        "all bfloat16, rounded to nearest": {"color": "tab:red", "linestyle": "--"},
+        "float32": {"color": "C5", "linewidth": 8, "alpha": 0.5},
+        "bfloat16 state": {"color": "C0", "linewidth": 4.5},
+        "all bfloat16, rounded at random": {"color": "C1", "linewidth": 2.5},
+        "uint8 state": {"color": "C2", "linestyle": ":", "linewidth": 1.5},
+        "all bfloat16, rounded to nearest": {"color": "C3", "linestyle": "--"},
     }
     tasks, parts = report["tasks"], {"train": "training", "test": "held-out"}
-    figure = Figure(figsize=(12, 2.7 * len(tasks) + 0.6), layout="constrained")
+    style.use(pathlib.Path(__file__).parents[1] / "docs/figures/site.mplstyle")
+    figure = Figure(figsize=(12, 2.7 * len(tasks) + 0.8))
     grid = figure.subplots(len(tasks), 4, squeeze=False, sharex="row", sharey="row")
     for panels, (task, about) in zip(grid, tasks.items(), strict=True):
         columns = [(optimizer, part) for optimizer in OPTIONS for part in parts]
@@ -328,7 +330,6 @@ def draw(report, path):
                 band = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
                 axes.fill_between(steps, low, mean + deviation, **band)
                 axes.plot(steps, mean, label=way, **look)
-            axes.spines[["top", "right"]].set_visible(False)
             if axes in grid[0]:
                 axes.set_title(f"{optimizer.replace('+', ', ')}\n{parts[part]} loss")
             if axes in grid[-1]:
@@ -339,8 +340,8 @@ def draw(report, path):
             panels[0].set(yscale="log")
             panels[0].yaxis.set_major_formatter("{x:g}")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.savefig(path)
 
 
 def main():

@@ -95,8 +95,9 @@ def row(name, curve):
 
 
 def main():
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.axvline(DROP, ymax=0.6, color="0.7", linewidth=0.8, linestyle=":")
+    plt.style.use(Path(__file__).with_name("site.mplstyle"))
+    figure, axes = plt.subplots(figsize=(7, 3.8))
+    axes.axvline(DROP, ymax=0.6, color="C5", linewidth=0.8, linestyle=":")
     print(f"| updates | {' | '.join(map(str, SHOWN))} |")
     for name, tx in DIALECTS.items():
         curve = losses(tx)
@@ -106,9 +107,8 @@ def main():
         "learning rate / 10", (DROP, 0.25), (4, 0), textcoords="offset points", size=8
     )
     axes.set(xlabel="updates", ylabel="training loss")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
+    axes.legend(fontsize=8, loc="upper right")
+    figure.savefig(Path(__file__).with_suffix(".png"))
 
 
 if __name__ == "__main__":

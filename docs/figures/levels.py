@@ -19,12 +19,12 @@ import numpy as np
 from optax_rmsprop._codes import NON_NEGATIVE, SIGNED, Format, decode
 
 COLORS = {
-    "uint8, non-negative": "tab:blue",
-    "uint8, signed": "tab:cyan",
-    "bfloat16": "tab:green",
-    "bitsandbytes": "tab:red",
-    "float8 e5m2": "tab:gray",
-    "float8 e4m3": "tab:orange",
+    "uint8, non-negative": "C0",
+    "uint8, signed": "C4",
+    "bfloat16": "C2",
+    "bitsandbytes": "C3",
+    "float8 e5m2": "C5",
+    "float8 e4m3": "C1",
 }
 
 
@@ -83,14 +83,14 @@ def draw(axes):
         xlabel="octaves below the largest number",
         ylabel="distance, % of the number",
     )
-    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.16))
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.16))
 
 
 def main():
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    plt.style.use(Path(__file__).with_name("site.mplstyle"))
+    figure, axes = plt.subplots(figsize=(7, 3.6))
     draw(axes)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
+    figure.savefig(Path(__file__).with_suffix(".png"))
 
 
 if __name__ == "__main__":

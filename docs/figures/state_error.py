@@ -10,6 +10,7 @@ steps, in a loop of its own, and compared with float32's in all steps of the las
 Writes all errors to state_error.json, and prints the table of docs/low_precision.md.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -30,12 +31,12 @@ SPREADS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 ORDERS = ("every parameter", "every block")
 OURS = {"uint8": jnp.uint8, "bfloat16": jnp.bfloat16}
 STYLES = {
-    ("uint8", "every parameter"): ("tab:blue", "-", "uint8"),
-    ("uint8", "every block"): ("tab:blue", ":", "uint8, blocks of one size"),
-    ("bitsandbytes", "every parameter"): ("tab:red", "-", "bitsandbytes"),
-    ("bitsandbytes", "every block"): ("tab:red", ":", "bitsandbytes, the same"),
-    ("bfloat16", "every parameter"): ("tab:green", "-", "bfloat16"),
-    ("bfloat16, nearest", "every parameter"): ("tab:green", "--", "bfloat16, nearest"),
+    ("uint8", "every parameter"): ("C0", "-", "uint8"),
+    ("uint8", "every block"): ("C0", ":", "uint8, blocks of one size"),
+    ("bitsandbytes", "every parameter"): ("C3", "-", "bitsandbytes"),
+    ("bitsandbytes", "every block"): ("C3", ":", "bitsandbytes, the same"),
+    ("bfloat16", "every parameter"): ("C2", "-", "bfloat16"),
+    ("bfloat16, nearest", "every parameter"): ("C2", "--", "bfloat16, nearest"),
 }
 
 
@@ -153,27 +154,25 @@ def draw(axes, rows, decay):
         axes.plot(SPREADS, values, color=color, linestyle=dashes, label=label)
     axes.set(yscale="log", ylim=(0.15, 5000), title=f"decay {decay}")
     axes.set_yticks([1, 10, 100, 1000], ["1 %", "10 %", "100 %", "1000 %"])
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main():
-    rows = measure()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--redraw", action="store_true", help="what the JSON has")
+    record = Path(__file__).with_suffix(".json")
+    rows = json.loads(record.read_text()) if parser.parse_args().redraw else measure()
     print(table(rows))
-    Path(__file__).with_suffix(".json").write_text(
-        "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n"
-    )
-    figure, panels = plt.subplots(
-        1, 3, figsize=(9, 3.8), layout="constrained", sharey=True
-    )
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    record.write_text(f"[\n{lines}\n]\n")
+    plt.style.use(Path(__file__).with_name("site.mplstyle"))
+    figure, panels = plt.subplots(1, 3, figsize=(9, 3.8), sharey=True)
     for axes, decay in zip(panels, DECAYS, strict=True):
         draw(axes, rows, decay)
     panels[0].set_ylabel("error of √nu, root mean square")
     panels[1].set_xlabel("how much sizes of gradients differ, octaves")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9
-    )
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=150)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    figure.savefig(Path(__file__).with_suffix(".png"))
 
 
 if __name__ == "__main__":
