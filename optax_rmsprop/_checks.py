@@ -31,6 +31,8 @@ def number(
             f"{rule}, got an array of shape {np.shape(value)}; use jax.vmap to run "
             "many values at once"
         )
+    # Within jax.jit, operations on an array make a tracer, also if it is none itself.
+    known = None if isinstance(value, Tracer) else float(value)
     if isinstance(value, jax.Array):
         if not jnp.issubdtype(value.dtype, jnp.floating):
             value = value.astype(jnp.float32)
@@ -40,13 +42,13 @@ def number(
                 "1; with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32"
             )
     else:
-        value = float(value)
-    if not isinstance(value, Tracer):
-        within = 0 <= value < high if zero else 0 < value < high
+        value = known
+    if known is not None:
+        within = 0 <= known < high if zero else 0 < known < high
         if not within:
-            raise ValueError(f"{rule}, got {value}{hint}")
-        if value > float(jnp.finfo(jnp.float32).max):
-            raise ValueError(f"{rule}, got {value}, which is infinite in float32")
+            raise ValueError(f"{rule}, got {known:g}{hint}")
+        if known > float(jnp.finfo(jnp.float32).max):
+            raise ValueError(f"{rule}, got {known}, which is infinite in float32")
     return value
 
 
@@ -220,10 +222,17 @@ def on_one_mesh(name: str, tree: Any) -> Mesh | AbstractMesh:
     for path, leaf in leaves:
         sharding, first = _sharding_of(leaf), _sharding_of(leaves[0][1])
         if not isinstance(sharding, NamedSharding):
+            remedy = (
+                f"jax.device_put({name}, NamedSharding(mesh, PartitionSpec())) "
+                "replicates them"
+            )
+            if isinstance(leaf, Tracer):
+                remedy = "call this outside of jax.jit"
+            elif isinstance(leaf, jax.ShapeDtypeStruct):
+                remedy = "give it one as sharding="
             raise ValueError(
                 f"`{name}` must have a NamedSharding each, got "
-                f"{sharding or _kind(leaf)} at {_at(path)}; jax.device_put({name}, "
-                "NamedSharding(mesh, PartitionSpec())) replicates them"
+                f"{sharding or _kind(leaf)} at {_at(path)}; {remedy}"
             )
         if sharding.mesh != first.mesh:
             raise ValueError(
@@ -237,7 +246,7 @@ def on_one_mesh(name: str, tree: Any) -> Mesh | AbstractMesh:
 def axis_of(name: str, value: Any, mesh: Mesh | AbstractMesh) -> None:
     """Check the name of an axis of a mesh."""
     if value not in mesh.axis_names:
-        axes = " or ".join(map(repr, mesh.axis_names))
+        axes = " or ".join(map(repr, mesh.axis_names)) or "which has none"
         raise ValueError(
             f"`{name}` must be an axis of the mesh, {axes}, got {value!r}; name the "
             "one over which the batch is partitioned"
@@ -264,10 +273,13 @@ def sharded_as(name: str, tree: Any, like: str, shardings: Any) -> None:
             )
         got = _sharding_of(leaf)
         if got is None or not _in_one_place(got, sharding, np.ndim(leaf)):
+            remedy = f"jax.device_put({name}, {like}) moves it"
+            if isinstance(leaf, Tracer):
+                remedy = "call this outside of jax.jit"
             raise ValueError(
                 f"`{name}` must be sharded as in `{like}`, got "
                 f"{_place(got) if got else _kind(leaf)} at {_at(path)}, expected "
-                f"{_place(sharding)}; jax.device_put({name}, {like}) moves it"
+                f"{_place(sharding)}; {remedy}"
             )
 
 
@@ -284,7 +296,8 @@ def _is_abstract(sharding: Any) -> bool:
 
 
 def _in_one_place(got: Any, expected: Any, ndim: int) -> bool:
-    if _is_abstract(got) or not got.is_equivalent_to(expected, ndim):
+    rank = len(expected.spec) if isinstance(expected, NamedSharding) else 0
+    if _is_abstract(got) or rank > ndim or not got.is_equivalent_to(expected, ndim):
         return False
     # With explicit axes the mesh is part of an array's type, and names matter.
     meshes = [s.mesh for s in (got, expected) if isinstance(s, NamedSharding)]

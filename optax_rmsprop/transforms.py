@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
@@ -268,7 +269,7 @@ def _check_shared(
     _checks.flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
     _checks.real_dtype("accumulator_dtype", accumulator_dtype)
     traced = isinstance(initial_scale, Tracer)
-    if bias_correction and not traced and initial_scale != 0:
+    if bias_correction and not traced and np.any(initial_scale):
         raise ValueError(
             f"`initial_scale` must be 0 with bias_correction, got {initial_scale}; "
             "the correction takes the initial value out again: choose one of them"

@@ -117,6 +117,20 @@ def test_traced_values_are_not_checked():
     assert jax.jit(first_update)(-1.0) > 0
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "decay", "eps", "initial_scale"])
+def test_arrays_that_are_not_traced_are_checked_within_jit_too(name):
+    def first_step(value):
+        tx = rmsprop(**{name: value})
+        return tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[0]
+
+    half, none, negative = jnp.float32(0.5), jnp.int32(0), jnp.float32(-1)
+    within = jax.jit(lambda: first_step(half))()
+    np.testing.assert_allclose(within, first_step(0.5), rtol=1e-6)
+    jax.jit(lambda: first_step(none))()
+    with pytest.raises(ValueError, match=f"`{name}` must be .* got -1"):
+        jax.jit(lambda: first_step(negative))()
+
+
 def test_none_is_0():
     params = jnp.ones(2)
     zero = rmsprop(momentum=0.0, weight_decay=0.0)

@@ -171,11 +171,46 @@ def test_paths_tell_parameters_of_one_shape_apart():
     assert single[0].count.spec == P()
 
 
-def on(spec, mesh, shape=(8, 8)):
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+def on(spec, mesh, shape=(8, 8), **memory):
+    sharding = NamedSharding(mesh, spec, **memory)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "of_state"),
+    [
+        ((8, 8), P(), P("data", None)),
+        ((8, 8), P("model"), P("model", "data")),
+        ((8, 8), P("data"), P("data")),
+        ((8, 8), P(None, "data"), P(None, "data")),
+        ((8, 8), P(("model", "data")), P(("model", "data"))),
+        ((0, 8), P(), P(None, "data")),
+        ((3, 2), P(), P()),
+        ((3, 8), P(None, "model"), P(None, "model")),
+    ],
+)
+def test_zero1_takes_the_first_dimension_that_is_free(shape, spec, of_state):
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    param = on(spec, mesh, shape, memory_kind="pinned_host")
+    nu = state_shardings(scale_by_rms(), param, zero1="data").nu
+    assert nu.spec == of_state
+    assert nu.memory_kind == "pinned_host"
+
+
+def test_another_shape_at_the_path_of_a_parameter_is_replicated():
+    """The parameter of that path decides, not one at a shorter path that would fit."""
+    params = {"w": on(P("data"), ONE), "a": {"w": on(P(), ONE, (4, 4))}}
+
+    def init(params):
+        return {"w": jnp.zeros((8, 8)), "a": {"w": jnp.zeros((8, 8))}}
+
+    shardings = state_shardings(optax.GradientTransformation(init, None), params)
+    assert shardings["w"].spec == P("data")
+    assert shardings["a"]["w"].spec == P()
 
 
 ONE, OTHER = AbstractMesh((8,), ("data",)), AbstractMesh((4, 2), ("data", "model"))
+NONE = AbstractMesh((), ())
 ERRORS = [
     (
         {"w": jnp.ones(2)},
@@ -189,6 +224,11 @@ ERRORS = [
     ),
     ({"w": 1.0}, None, r"got a float at \['w'\]"),
     (
+        {"w": jax.ShapeDtypeStruct((2,), jnp.float32)},
+        None,
+        r"got a ShapeDtypeStruct at \['w'\]; give it one as sharding=",
+    ),
+    (
         {"b": on(P(), ONE), "w": on(P("model"), OTHER)},
         None,
         r"`params` must be on one mesh, got Mesh\('data': 8; Auto.*\) at \['b'\] and "
@@ -201,6 +241,7 @@ ERRORS = [
         "`zero1` must be an axis of the mesh, 'data' or 'model', got 'batch'; name",
     ),
     (on(P(), ONE), ("data",), r"`zero1` must be an axis of the mesh, 'data', got \("),
+    (on(P(), NONE, ()), "data", "an axis of the mesh, which has none, got 'data'"),
 ]
 
 
@@ -236,9 +277,12 @@ def test_what_is_no_transformation_or_no_sharding():
         ValueError, match=r"a ndarray at \.nu\['w'\], .*; jax.device_put"
     ):
         check_state_shardings(state._replace(nu={"w": np.ones(2)}), shardings)
-    with pytest.raises(ValueError, match=r"got a traced array at .*count"):
+    by_rows = shardings._replace(count=NamedSharding(mesh, P("data")))
+    with pytest.raises(ValueError, match=r"at \.count, expected P.*data"):
+        check_state_shardings(state, by_rows)  # more dimensions than the count has
+    with pytest.raises(ValueError, match=r"a traced array at .*count.* outside of jax"):
         jax.jit(lambda s: check_state_shardings(s, shardings))(state)
-    with pytest.raises(ValueError, match=r"got a traced array at \['w'\]"):
+    with pytest.raises(ValueError, match=r"a traced array at \['w'\]; call .* outside"):
         jax.jit(lambda p: state_shardings(R(), p).count)(params)
 
 

@@ -4,7 +4,6 @@ Needs the extra `tpu`; skipped where libtpu is not installed, or there is a TPU.
 """
 
 import importlib.util
-import re
 import runpy
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_rmsprop import compress_state, rmsprop
+from optax_rmsprop import compress_state, rmsprop, state_shardings
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu"
@@ -88,7 +87,6 @@ def test_a_flax_step_with_everything_sharded_over_a_slice(tpu, topology):
     batch = jax.ShapeDtypeStruct((256, 1024), jnp.float32)
     labels = jax.ShapeDtypeStruct((256,), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), batch)
-    state = jax.eval_shape(tx.init, params)
 
     def by_first_axis(x):
         axes = ["data"] if x.ndim and x.shape[0] % len(devices) == 0 else []
@@ -106,7 +104,13 @@ def test_a_flax_step_with_everything_sharded_over_a_slice(tpu, topology):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    args = jax.tree.map(by_first_axis, (params, state, batch, labels))
+    params, batch, labels = jax.tree.map(by_first_axis, (params, batch, labels))
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(tx.init, params),
+        state_shardings(tx, params),
+    )
+    args = params, state, batch, labels
     shardings = jax.tree.map(lambda x: x.sharding, args[:2])
     compiled = (
         jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
@@ -116,7 +120,7 @@ def test_a_flax_step_with_everything_sharded_over_a_slice(tpu, topology):
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args))
     memory, program = compiled.memory_analysis(), compiled.as_text()
     assert memory.argument_size_in_bytes < 1.05 * whole / len(devices)
-    assert re.search(r"all-gather|reduce-scatter|all-reduce", program)
+    assert "all-gather" in program  # of parameters, which data parallel has not
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args[:2]))
     assert memory.alias_size_in_bytes > 0.95 * state_bytes / len(devices)
 
