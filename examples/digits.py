@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from matplotlib import style
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -30,6 +31,7 @@ import optax_rmsprop
 HELD_OUT = 450
 TRAINED_ON = 1797 - HELD_OUT
 PROMISED_ACCURACY = 0.98
+STYLE = Path(__file__).parents[1] / "docs" / "figures" / "site.mplstyle"
 
 
 class Network(nnx.Module):
@@ -145,8 +147,15 @@ def train(options: argparse.Namespace) -> np.ndarray:
     return np.array(history)
 
 
+def new_figure(height: float) -> Figure:
+    """Nine inches wide, in the look of the documentation where that is at hand."""
+    if STYLE.exists():
+        style.use(STYLE)
+    return Figure(figsize=(9, height), layout="constrained")
+
+
 def draw(history: np.ndarray, path: Path) -> None:
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = new_figure(3.8)
     figure.suptitle("RMSprop learns to read scikit-learn's digits")
     epochs = np.arange(1, len(history) + 1)
     for column, quantity in enumerate(("cross-entropy loss", "accuracy (%)")):
@@ -156,7 +165,6 @@ def draw(history: np.ndarray, path: Path) -> None:
             axes.plot(epochs, values, ".-", label=digits)
         axes.set(xlabel="epoch", ylabel=quantity, yscale=("log", "linear")[column])
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -171,6 +179,34 @@ def between(kind: type, low: float, high: float) -> Callable[[str], float]:
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
+
+
+def parse(
+    doc: str, file: str, argv: list[str] | None, **numbers: int
+) -> argparse.Namespace:
+    """The options of a small example: --output, and positive integers."""
+    parser = argparse.ArgumentParser(
+        description=doc.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    figure = Path(file).parent / "output" / Path(file).with_suffix(".png").name
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=os.path.relpath(figure),
+        help="file of the figure",
+    )
+    for name, default in numbers.items():
+        kind = between(int, 1, 100_000)
+        parser.add_argument(f"--{name}", type=kind, default=default, help="of training")
+    options = parser.parse_args(argv)
+    if options.output.suffix != ".png":
+        parser.error(f"--output: must end in .png, got {options.output}")
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: must be in a folder that can be made: {error}")
+    return options
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -9,6 +9,8 @@ ends with a line like
 The lines of the same program in torch stand in the comments.
 """
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -24,7 +26,21 @@ def loss_of(params, features, targets):
     return jnp.mean((predict(params, features) - targets) ** 2)
 
 
-def main(epochs=100):
+def draw(history, path):
+    from digits import new_figure
+
+    losses, weights = map(jnp.stack, zip(*history, strict=True))
+    figure = new_figure(3.6)
+    left, right = figure.subplots(1, 2)
+    left.semilogy(losses)
+    left.set(xlabel="epoch", ylabel="mean squared error", title="Loss")
+    right.plot(weights, color="C0", linewidth=1)
+    right.hlines(jnp.arange(-5.0, 5.0) / 5, 0, len(history), "C5", linestyles=":")
+    right.set(xlabel="epoch", title="The ten weights, and where they should be")
+    figure.savefig(path)
+
+
+def main(epochs=100, figure=None):
     """Train, print the loss every 10 epochs, and return the last one."""
     # features, noise = torch.randn(100, 10), torch.randn(100)
     # targets = features @ torch.arange(-5.0, 5.0) / 5 + 0.1 * noise
@@ -49,12 +65,18 @@ def main(epochs=100):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
+    history = []
     for epoch in range(1, epochs + 1):
         params, state, loss = train_step(params, state)
+        history.append((loss, params["weight"]))
         if epoch % 10 == 0:
             print(f"epoch {epoch:3}: loss {loss:.4f}")
+    if figure:
+        draw(history, figure)
     return float(loss)
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", metavar="FIGURE", help="draw the training there")
+    main(figure=parser.parse_args().output)

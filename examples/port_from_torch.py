@@ -17,12 +17,13 @@ Without torch there is only part two.
 import argparse
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import TRAINED_ON, between, shifted_batches, split_digits
+from digits import TRAINED_ON, between, new_figure, shifted_batches, split_digits
 from flax import nnx
 from tqdm import tqdm
 
@@ -119,9 +120,11 @@ def average(averaged: Network, model: Network, step: jax.Array) -> None:
 
 
 def part_one(
-    options: argparse.Namespace, dialect: Callable = dialects.torch
+    options: argparse.Namespace, curve: list, dialect: Callable = dialects.torch
 ) -> tuple[float, float, float]:
     """Held-out accuracy in torch and in JAX, largest difference of a parameter.
+
+    The curve gets both losses and that difference after every epoch.
 
     torchvision's recipe for MobileNetV3, but for a faster decay of the learning rate:
     its 0.973 every two epochs is for 600 epochs.
@@ -170,6 +173,7 @@ def part_one(
                 torch_losses.append(loss.item())
             scheduler.step()
             difference = largest_difference(network, model)
+            curve.append((np.mean(torch_losses), np.mean(losses), difference))
             bar.write(
                 f"epoch {epoch:2}: loss {np.mean(torch_losses):.6f} in torch, "
                 f"{np.mean(losses):.6f} in JAX; largest difference of a parameter "
@@ -194,8 +198,10 @@ def efficientnet_schedule(peak: float, steps_per_epoch: int) -> optax.Schedule:
     return lambda step: jnp.where(step < warm_up, peak * step / warm_up, decaying(step))
 
 
-def part_two(options: argparse.Namespace) -> list[float]:
+def part_two(options: argparse.Namespace, curve: list) -> list[float]:
     """Held-out accuracy of the averaged weights, with TensorFlow's and torch's.
+
+    The curve gets both after every epoch.
 
     Every number is EfficientNet's (arXiv:1905.11946 and its code), none is changed:
     with 32 digits in a batch the learning rate is 0.002. Left out: label smoothing,
@@ -224,12 +230,33 @@ def part_two(options: argparse.Namespace) -> list[float]:
                 float(accuracy(averaged, held_out_images, held_out_labels))
                 for _, averaged, _ in runs
             ]
+            curve.append(accuracies)
             bar.write(
                 f"epoch {epoch:2}: loss {np.mean(losses[::2]):.6f} with TensorFlow's, "
                 f"{np.mean(losses[1::2]):.6f} with torch's; held-out accuracy "
                 f"{accuracies[0]:.1%}, {accuracies[1]:.1%}"
             )
     return accuracies
+
+
+def draw(part_one: list, part_two: list, path: Path) -> None:
+    figure = new_figure(3.8)
+    one, two = figure.subplots(1, 2)
+    for part, axes in zip(("one", "two"), (one, two), strict=True):
+        axes.set(xlabel="epoch", title=f"Part {part}")
+    if part_one:
+        in_torch, in_jax, apart = np.transpose(part_one)
+        epochs = np.arange(1, len(apart) + 1)
+        one.semilogy(epochs, in_torch, "C1", lw=5, alpha=0.5, label="loss in torch")
+        one.semilogy(epochs, in_jax, "C0", label="loss in JAX")
+        one.semilogy(epochs, apart, "C5.:", label="largest difference of a parameter")
+        one.legend()
+    accuracies = 100 * np.array(part_two)
+    epochs = np.arange(1, len(accuracies) + 1)
+    two.plot(epochs, accuracies, ".-", label=["TensorFlow's", "torch's"])
+    two.set_ylabel("held-out accuracy, %")
+    two.legend()
+    figure.savefig(path, dpi=150)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -242,6 +269,7 @@ def command_line() -> argparse.ArgumentParser:
         ("batch-size", between(int, 1, TRAINED_ON), 32, "digits in a step"),
         ("learning-rate", between(float, 0, 1), 0.016, "for 256 digits in a step"),
         ("seed", between(int, 0, 2**32 - 1), 0, "of the first weights and the batches"),
+        ("output", Path, None, "file of a figure of both parts"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     return parser
@@ -251,11 +279,11 @@ def main(argv: list[str] | None = None) -> None:
     """Train in both parts, and report."""
     parser = command_line()
     options = parser.parse_args(argv)
-    lines, kept = [], []
+    lines, kept, curves = [], [], ([], [])
     if importlib.util.find_spec("torch"):
         # Unless told otherwise, JAX multiplies in fewer bits on a GPU or TPU.
         with jax.default_matmul_precision("float32"):
-            in_torch, in_jax, difference = part_one(options)
+            in_torch, in_jax, difference = part_one(options, curves[0])
         lines.append(
             f"held-out accuracy {in_torch:.1%} in torch, {in_jax:.1%} in JAX, "
             f"parameters within {difference:.0e}"
@@ -264,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         kept.append(difference <= PROMISED_DIFFERENCE)
     else:
         lines.append("skipped, for it needs torch: pip install torch")
-    tensorflows, torchs = part_two(options)
+    tensorflows, torchs = part_two(options, curves[1])
     lines.append(
         f"held-out accuracy {tensorflows:.1%} with TensorFlow's, {torchs:.1%} with "
         "torch's"
@@ -273,7 +301,10 @@ def main(argv: list[str] | None = None) -> None:
     for number, line in zip(("one", "two"), lines, strict=True):
         print(f"part {number}: {line}")
 
-    same_recipe = parser.parse_args(["--seed", str(options.seed)]) == options
+    if options.output:
+        draw(*curves, options.output)
+    free = argparse.Namespace(seed=options.seed, output=options.output)
+    same_recipe = parser.parse_args([], free) == options
     if same_recipe and not all(kept):
         raise SystemExit(
             f"expected accuracies of {PROMISED_ACCURACY:.0%} and parameters within "

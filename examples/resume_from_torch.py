@@ -21,9 +21,8 @@ import jax
 import numpy as np
 import optax
 import torch
-from digits import TRAINED_ON, between, shifted_batches, split_digits
+from digits import TRAINED_ON, between, new_figure, shifted_batches, split_digits
 from flax import linen
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
@@ -194,12 +193,12 @@ def accuracy(network: nn.Module, images: np.ndarray, labels: np.ndarray) -> floa
 
 
 def draw(moved: list[list[float]], stayed: list[float], path: Path) -> None:
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    figure = new_figure(5.2)
     figure.suptitle("A torch run, resumed in Flax and taken back")
     losses, differences = figure.subplots(
         2, sharex=True, gridspec_kw={"height_ratios": [3, 1]}
     )
-    losses.plot(stayed, color="0.75", linewidth=4, label="stays in torch")
+    losses.plot(stayed, color="C5", alpha=0.5, linewidth=4, label="stays in torch")
     start = 0
     for leg, name, color in zip(moved, LEGS, ("C1", "C0", "C1"), strict=True):
         steps = np.arange(start, start + len(leg))
@@ -209,7 +208,7 @@ def draw(moved: list[list[float]], stayed: list[float], path: Path) -> None:
         start += len(leg)
         if start < len(stayed):
             for axes in (losses, differences):
-                axes.axvline(start, color="0.5", linewidth=0.8, linestyle=":")
+                axes.axvline(start, color="C5", linewidth=0.8, linestyle=":")
     losses.set(ylabel="cross-entropy loss", yscale="log")
     losses.legend()
     differences.set_yscale("symlog", linthresh=1e-8)

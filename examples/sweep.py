@@ -26,9 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import TRAINED_ON, between, split_digits
+from digits import TRAINED_ON, between, new_figure, split_digits
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 import optax_rmsprop
@@ -150,11 +149,12 @@ def draw(rows: list[dict], seeds: int, path: Path) -> None:
     norm = LogNorm(np.nanmin(losses), np.nanmax(losses))
     losses = losses.reshape(shape)
     accuracies = np.reshape([r["accuracy"] for r in rows], shape)
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    figure = new_figure(5.6)
     figure.suptitle(f"Held-out loss and accuracy (%), means over {seeds} seeds")
     panels = figure.subplots(len(decays), len(momenta), sharex=True, sharey=True)
     for (d, m), axes in np.ndenumerate(panels):
         shown = losses[:, d, m].T
+        axes.grid(visible=False)
         image = axes.imshow(shown, norm=norm, cmap="viridis_r", aspect="auto")
         for (e, r), loss in np.ndenumerate(shown):
             text = f"{100 * accuracies[r, d, m, e]:.1f}"

@@ -69,7 +69,7 @@ def without_mask(*args, weight_decay_mask, **kwargs):
 )
 def test_another_dialect_parts(example, torch_network, dialect):
     short = example.command_line().parse_args(SHORT)
-    *_, difference = example.part_one(short, dialect)
+    *_, difference = example.part_one(short, [], dialect)
     assert difference > 10 * TOGETHER  # observed: 0.14 and 1e-4
 
 
@@ -139,7 +139,7 @@ def test_l2_leaves_out_the_norms(example):
 def test_without_torch_there_is_part_two(example, monkeypatch, capsys):
     monkeypatch.setattr(example.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(example, "part_one", None)  # not to be called
-    monkeypatch.setattr(example, "part_two", lambda options: [0.5, 0.25])
+    monkeypatch.setattr(example, "part_two", lambda options, curve: [0.5, 0.25])
     example.main(["--epochs=1"])
     assert capsys.readouterr().out.splitlines() == [
         "part one: skipped, for it needs torch: pip install torch",
@@ -161,7 +161,7 @@ MISSES = {
 def pretend(example, monkeypatch, results):
     monkeypatch.setattr(example.importlib.util, "find_spec", lambda name: name)
     for part, result in results.items():
-        monkeypatch.setattr(example, part, lambda options, result=result: result)
+        monkeypatch.setattr(example, part, lambda *_, result=result: result)
 
 
 @pytest.mark.parametrize("miss", MISSES)
@@ -200,5 +200,6 @@ def test_it_refuses_bad_options(example, option, capsys):
 
 def test_it_explains_every_option(example):
     explained = {a.dest: a.help for a in example.command_line()._actions}
-    assert explained.keys() == {"help", "epochs", "batch_size", "learning_rate", "seed"}
+    options = {"help", "epochs", "batch_size", "learning_rate", "seed", "output"}
+    assert explained.keys() == options
     assert all(explained.values())

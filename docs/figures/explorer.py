@@ -1,0 +1,33 @@
+"""Draw explorer.png: what the explorer shows of one setting.
+
+    python docs/figures/explorer.py
+
+Needs Chromium, and the extra `test`, which has playwright.
+"""
+
+import runpy
+import shutil
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+HERE = Path(__file__)
+SETTING = "#eps=0.5&decay=0.9&momentum=0.5&steps=100"
+
+
+def main():
+    explorer = runpy.run_path(str(HERE.parents[2] / "examples" / "explorer.py"))
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = chromium.new_page(viewport={"width": 1280, "height": 800})
+        address = "http://explorer.invalid/"
+        page.route(address, lambda route: route.fulfill(body=explorer["page"]()))
+        page.goto(address + SETTING)
+        page.screenshot(path=HERE.with_suffix(".png"))
+        chromium.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""EfficientNet's recipe in small: TensorFlow's RMSprop, its schedule, averaged weights.
+
+    pip install "optax_rmsprop[examples]"
+    python examples/efficientnet_schedule.py
+
+trains a network of depthwise separable convolutions on scikit-learn's digits, and again
+with the learning rate outside the momentum buffer, where torch has it (averaged too):
+
+    held-out accuracy: raw 95.1%, averaged 97.1%, outside 97.3%
+
+The recipe (Tan and Le, arXiv:1905.11946, section 5.2, and their code): weight decay
+1e-5 of all but norms; decay and momentum 0.9, epsilon 1e-3 under the root; a learning
+rate of 0.256 for 4096 images, in proportion for fewer, which rises for 5 epochs, then
+falls by 3 % every 2.4. In their code the fall counts from the first update, so that
+after the rise their rate is 6 to 9 % lower. Their average of weights spans
+10,000 updates, an eleventh of 350 epochs; here it spans an eleventh of the run.
+"""
+
+import digits
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen
+
+from optax_rmsprop import diagnose, dialects
+
+BATCH, EPOCHS, EPSILON, PROMISED_ACCURACY = 32, 32, 1e-3, 0.96
+EPOCH = digits.TRAINED_ON // BATCH  # in updates
+SCHEDULE = optax.warmup_exponential_decay_schedule(
+    init_value=0.0,
+    peak_value=0.256 * BATCH / 4096,
+    warmup_steps=5 * EPOCH,
+    transition_steps=2.4 * EPOCH,
+    decay_rate=0.97,
+    staircase=True,
+)
+
+
+class Network(linen.Module):
+    @linen.compact
+    def __call__(self, images):
+        x = linen.Conv(16, (3, 3), use_bias=False)(images[..., None])
+        for channels, stride in ((32, 2), (64, 1)):
+            x, depth = linen.silu(linen.LayerNorm()(x)), x.shape[-1]
+            kinds = {"feature_group_count": depth, "use_bias": False}
+            x = linen.Conv(depth, (3, 3), stride, **kinds)(x)
+            x = linen.Conv(channels, (1, 1), use_bias=False)(x)
+        return linen.Dense(10)(linen.silu(linen.LayerNorm()(x)).mean((1, 2)))
+
+
+def measure(params, *batch):
+    return digits.loss_and_accuracy(Network().bind({"params": params}), *batch)
+
+
+def train(rmsprop, epochs):
+    (images, labels), held_out = (digits.split_digits()[k::2] for k in (0, 1))
+    decay = optax.add_decayed_weights(1e-5, lambda p: {n: "Norm" not in n for n in p})
+    tx = optax.chain(decay, rmsprop)
+
+    @jax.jit
+    def train_step(carry, step, *batch):
+        params, averaged, state = carry
+        (loss, _), grads = jax.value_and_grad(measure, has_aux=True)(params, *batch)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        averaged = optax.incremental_update(params, averaged, 11 / (epochs * EPOCH))
+        sizes = diagnose(state, SCHEDULE(step), EPSILON, eps_in_sqrt=True).step_size
+        sizes = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(sizes)])
+        numbers = loss, jnp.quantile(sizes, jnp.array([0.05, 0.5, 0.95]))
+        return (params, averaged, state), numbers
+
+    params = Network().init(jax.random.key(0), images[:1])["params"]
+    carry, evaluate = (params, params, tx.init(params)), jax.jit(measure)
+    rng, steps, accuracies = np.random.default_rng(0), [], []
+    for _ in range(epochs):
+        for batch in digits.shifted_batches(images, labels, BATCH, rng):
+            carry, numbers = train_step(carry, len(steps), *batch)
+            steps.append(numbers)
+        accuracies.append([evaluate(params, *held_out)[1] for params in carry[:2]])
+    return *map(np.array, zip(*steps, strict=True)), np.array(accuracies)
+
+
+def draw(inside, outside, path):
+    (losses, quantiles, accuracies), figure = inside, digits.new_figure(5.6)
+    updates, ends = np.arange(len(losses)), EPOCH * np.arange(1, len(accuracies) + 1)
+    (rate, loss), (size, accuracy) = figure.subplots(2, 2, sharex=True)
+    rate.plot(updates, SCHEDULE(updates))
+    loss.semilogy(ends, losses.reshape(-1, EPOCH).mean(1), lw=3, label="rate inside")
+    loss.semilogy(ends, outside[0].reshape(-1, EPOCH).mean(1), lw=1, label="outside")
+    size.semilogy(updates[1:], quantiles[1:, 1], label="median")
+    size.fill_between(updates[1:], *quantiles[1:, ::2].T, alpha=0.3, label="5 to 95 %")
+    accuracy.plot(ends, 100 * accuracies[:, 1], lw=3, label="averaged weights")
+    accuracy.plot(ends, 100 * outside[2][:, 1], lw=1, label="averaged, rate outside")
+    accuracy.plot(ends, 100 * accuracies[:, 0], "C5", lw=1, label="raw weights")
+    rate.set(title="Schedule", ylabel="learning rate")
+    loss.set(title="Training loss, mean of an epoch", ylabel="cross-entropy")
+    size.set(xlabel="update", ylabel="learning rate / √(ν + ε)", title="Step size")
+    accuracy.set(xlabel="update", ylabel="held-out accuracy, %", ylim=(80, 100))
+    for axes in (loss, size, accuracy):
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main(argv=None):
+    options = digits.parse(__doc__, __file__, argv, epochs=EPOCHS)
+    # Stable-Baselines3's is TensorFlow's in all but the place of the learning rate.
+    inside = dialects.tensorflow(SCHEDULE, decay=0.9, momentum=0.9, epsilon=EPSILON)
+    outside = dialects.stable_baselines3(SCHEDULE, alpha=0.9, momentum=0.9, eps=EPSILON)
+    runs = [train(rmsprop, options.epochs) for rmsprop in (inside, outside)]
+    draw(*runs, options.output)
+    (raw, mean), (_, other) = (accuracies[-1] for *_, accuracies in runs)
+    print(f"held-out accuracy: raw {raw:.1%}, averaged {mean:.1%}, outside {other:.1%}")
+    if options.epochs == EPOCHS and mean < PROMISED_ACCURACY:
+        raise SystemExit(f"expected at least {PROMISED_ACCURACY:.0%}: please report it")
+
+
+if __name__ == "__main__":
+    main()

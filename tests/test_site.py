@@ -1,0 +1,127 @@
+"""The site builds without a warning, and what it leads to is there."""
+
+import ast
+import re
+import subprocess
+import sys
+import types
+import urllib.parse
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import optax_rmsprop
+
+pytest.importorskip("sphinx")
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built as `make docs` builds it."""
+    folder = tmp_path_factory.mktemp("site")
+    recipe = (ROOT / "Makefile").read_text()
+    options = re.search(r"python (-m sphinx --builder html .*) docs docs/", recipe)[1]
+    command = [sys.executable, *options.split(), "docs", folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+class Page(HTMLParser):
+    """The targets of a page, and what it refers to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links = set(), set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids.add(attrs.get("id"))
+        self.links.add(attrs.get("src" if tag in ("img", "script") else "href"))
+
+
+def pages_of(site):
+    return [path for path in site.rglob("*.html") if "_static" not in path.parts]
+
+
+def test_every_link_of_the_site_leads_somewhere(site):
+    pages = {path: Page(path.read_text()) for path in pages_of(site)}
+    assert len(pages) > 18
+    broken = []
+    for path, page in pages.items():
+        for link in page.links - {None, ""}:
+            scheme, _, target, _, fragment = urllib.parse.urlsplit(link)
+            if scheme:
+                continue
+            file = (path.parent / urllib.parse.unquote(target)) if target else path
+            file = file.resolve()
+            is_there = file.exists()
+            if fragment and file in pages and is_there:
+                is_there = urllib.parse.unquote(fragment) in pages[file].ids
+            if not is_there:
+                broken.append(f"{path.relative_to(site)}: {link}")
+    assert not broken
+
+
+def test_the_site_needs_no_network(site):
+    """Other sites are linked to, but nothing is fetched from them."""
+    for path in pages_of(site):
+        fetched = re.findall(
+            r'<(?:img|script|iframe)[^>]+src="(https?:[^"]+)', path.read_text()
+        )
+        fetched += re.findall(r'<link[^>]+href="(https?:[^"]+)', path.read_text())
+        assert not fetched, path
+
+
+def test_every_public_name_is_on_the_api_page(site):
+    documented = Page((site / "api.html").read_text()).ids
+    from_optax = {"trace", "add_decayed_weights"}
+    names = set(optax_rmsprop._LATER) | {
+        name
+        for name, value in vars(optax_rmsprop).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    modules = {"dialects", "torch_layers"}
+    names -= from_optax | modules | {"Any", "TYPE_CHECKING"}
+    expected = {f"optax_rmsprop.{name}" for name in names}
+    for module in (getattr(optax_rmsprop, name) for name in modules):
+        expected |= {
+            f"{module.__name__}.{name}"
+            for name, value in vars(module).items()
+            if isinstance(value, types.FunctionType)
+            and not name.startswith("_")
+            and value.__module__.startswith(module.__name__)
+        }
+    assert len(expected) > 40
+    assert not expected - documented
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert all(f"`optax_rmsprop.{name}`" in text for name in from_optax)
+
+
+def is_command(path):
+    tree = ast.parse(path.read_text())
+    return any(
+        isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body
+    )
+
+
+def test_the_gallery_has_every_example():
+    text = (ROOT / "docs" / "gallery.md").read_text()
+    names = []
+    for section in text.split("\n## ")[1:]:
+        (figure,) = re.findall(r"!\[[^]]+\]\((\S+)\)", section)
+        assert (ROOT / "docs" / figure).exists()
+        names += re.findall(
+            r"```sh\npython examples/(\w+)\.py.*\n```\n\n"
+            r"```text\n.{10,}\n```\n\n\d+ seconds on 2 cores\.\n",
+            section,
+        )
+    assert len(names) == text.count("\n## ")
+    assert set(names) == {
+        path.stem for path in EXAMPLES.glob("*.py") if is_command(path)
+    }
