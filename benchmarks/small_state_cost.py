@@ -9,7 +9,7 @@ With --tpu instead what the TPU compiler makes of a step of one 8192 x 8192 arra
 machine without a TPU: the bytes that it moves to and from HBM, and its scratch memory.
 
     python benchmarks/small_state_cost.py
-    pip install "optax_rmsprop[tpu]"
+    pip install -e ".[tpu]"
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/small_state_cost.py --tpu
 """
 

@@ -5,7 +5,7 @@ donated. The bytes are those that the compiled program moves to and from HBM; ov
 chip's HBM bandwidth they are the least time that the step can take (its roofline, since
 an optimizer's arithmetic is little). The times are computed, not measured.
 
-    pip install "optax_rmsprop[tpu]"
+    pip install -e ".[tpu]"
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/tpu.py
 """
 

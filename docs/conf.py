@@ -30,6 +30,7 @@ exclude_patterns = ["explorer"]
 default_role = "code"
 autodoc_typehints = "none"  # signatures have them
 autodoc_member_order = "bysource"
+napoleon_attr_annotations = False
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
@@ -62,12 +63,18 @@ def display_math(translator, node):
     raise nodes.SkipNode
 
 
+def join_alternative_texts(app, name, source):
+    """Keep the space where the text of a figure goes on in the next line."""
+    one_line = lambda match: match[0].replace("\n", " ")  # noqa: E731
+    source[0] = re.sub(r"!\[[^]]*\]", one_line, source[0])
+
+
 def write_explorer(app, error):
     """Put the explorer, which is a page by itself, beside the others."""
     if app.builder.name == "html" and not error:
         examples = Path(__file__).parent.parent / "examples"
         explorer = runpy.run_path(str(examples / "explorer.py"))
-        Path(app.outdir, "explorer.html").write_text(explorer["page"](), "utf-8")
+        Path(app.outdir, "explore.html").write_text(explorer["page"](), "utf-8")
 
 
 def speak_chinese(app, pagename, templatename, context, doctree):
@@ -78,6 +85,7 @@ def speak_chinese(app, pagename, templatename, context, doctree):
 
 def setup(app):
     app.connect("autodoc-process-docstring", to_restructured_text, priority=400)
+    app.connect("source-read", join_alternative_texts)
     app.connect("html-page-context", speak_chinese)
     app.connect("build-finished", write_explorer)
     # MathML needs no script, and so no network.

@@ -31,7 +31,7 @@ def run(match, names):
     last = done.stdout.rstrip("\n").rsplit("\n", 1)[-1]
     print(f"{name}: {last} ({seconds:.0f} s)", flush=True)
     block = f"```sh\npython {arguments}\n```\n\n```text\n{last}\n```\n\n"
-    return f"{block}{seconds:.0f} seconds on 2 cores."
+    return f"{block}{max(1, round(seconds))} seconds on 2 cores."
 
 
 def main():

@@ -1,6 +1,6 @@
 """Train actor-critic agents to balance a pole, with two dialects of RMSprop.
 
-    pip install "optax_rmsprop[examples]"
+    pip install -e ".[examples]"
     python examples/a2c_cartpole.py
 
 trains five agents with torch's RMSprop and five with TensorFlow's, all in one compiled

@@ -1,6 +1,6 @@
 """Train a recurrent network to write Python's documentation, letter by letter.
 
-    pip install "optax_rmsprop[examples]"
+    pip install -e ".[examples]"
     python examples/char_model.py
 
 learns from the topics of `help()`, prints how it writes, and ends with a line like

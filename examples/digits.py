@@ -1,6 +1,6 @@
 """Train a Flax network to read scikit-learn's handwritten digits, with RMSprop.
 
-    pip install "optax_rmsprop[examples]"
+    pip install -e ".[examples]"
     python examples/digits.py
 
 ends with a line like

@@ -1,6 +1,6 @@
 """EfficientNet's recipe in small: TensorFlow's RMSprop, its schedule, averaged weights.
 
-    pip install "optax_rmsprop[examples]"
+    pip install -e ".[examples]"
     python examples/efficientnet_schedule.py
 
 trains a network of depthwise separable convolutions on scikit-learn's digits, and again
@@ -96,7 +96,7 @@ def draw(inside, outside, path):
     rate.set(title="Schedule", ylabel="learning rate")
     loss.set(title="Training loss, mean of an epoch", ylabel="cross-entropy")
     size.set(xlabel="update", ylabel="learning rate / √(ν + ε)", title="Step size")
-    accuracy.set(xlabel="update", ylabel="held-out accuracy, %", ylim=(80, 100))
+    accuracy.set(xlabel="update", title="Held-out accuracy, %", ylim=(80, 100))
     for axes in (loss, size, accuracy):
         axes.legend()
     figure.savefig(path, dpi=150)

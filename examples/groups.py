@@ -1,6 +1,6 @@
 """Parameter groups: a frozen stem, a backbone with a tenth of the rate, a new head.
 
-    pip install "optax_rmsprop[examples]"
+    pip install -e ".[examples]"
     python examples/groups.py
 
 trains a network on scikit-learn's digits 0 to 4, gives it a new head for all ten, and

@@ -1,6 +1,6 @@
 """Digits in float32, with a state of one byte a number, and in bfloat16 throughout.
 
-    pip install "optax_rmsprop[examples]"
+    pip install -e ".[examples]"
     python examples/low_precision.py
 
 trains the same network four times, draws the losses over each other, and ends with

@@ -1,6 +1,6 @@
 """Train on scikit-learn's digits over the devices of several hosts, sharded (FSDP).
 
-    pip install "optax_rmsprop[examples]"
+    pip install -e ".[examples]"
     python examples/multi_host.py
 
 starts two processes on this machine, with two virtual CPU devices each. Parameters and
@@ -23,11 +23,14 @@ On a cluster of GPUs under Slurm: `srun python multi_host.py --pod`.
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -136,6 +139,26 @@ def everything(params: Any) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), copies)
 
 
+def draw(losses: list[float], losses_alone: list[float], path: Path) -> None:
+    # A pod's hosts get this file alone and may lack matplotlib: hence the import here,
+    # and the look set here again instead of by digits.new_figure.
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    look = Path(__file__).resolve().parent.parent / "docs/figures/site.mplstyle"
+    if look.exists():
+        style.use(look)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    both, apart = figure.subplots(1, 2)
+    both.semilogy(losses_alone, "C5", linewidth=4, alpha=0.5, label="on one device")
+    both.semilogy(losses, label="over all devices")
+    both.set(xlabel="step", ylabel="cross-entropy", title="Training loss")
+    both.legend()
+    apart.plot(np.abs(np.subtract(losses, losses_alone)), ".")
+    apart.set(xlabel="step", title="Difference of the two losses")
+    figure.savefig(path, dpi=150)
+
+
 def compare(options: argparse.Namespace) -> float:
     """Train on all devices and on one, report, return how far they are apart."""
     if options.batch_size % jax.device_count() or options.batch_size > DIGITS:
@@ -156,7 +179,7 @@ def compare(options: argparse.Namespace) -> float:
         params,
         everything(params_alone),
     )
-    apart = max(jax.tree.leaves(differences))
+    apart = float(np.max(jax.tree.leaves(differences)))
     losses_apart = np.abs(np.subtract(losses, losses_alone)).max()
     if index == 0:
         print(
@@ -167,7 +190,9 @@ def compare(options: argparse.Namespace) -> float:
             f"losses within {losses_apart:.0e}, parameters within {apart:.0e} of the "
             "run on one device"
         )
-    if not max(apart, losses_apart) <= PROMISED_DIFFERENCE:  # so that NaN fails too
+        if options.output:
+            draw(losses, losses_alone, options.output)
+    if not np.max([apart, losses_apart]) <= PROMISED_DIFFERENCE:  # NaN fails too
         raise SystemExit(f"expected {PROMISED_DIFFERENCE:.0e}: please report it")
     return apart
 
@@ -181,13 +206,16 @@ def start_processes(options: argparse.Namespace, arguments: list[str]) -> None:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, __file__, *arguments, "--coordinator"]
     command.append(f"127.0.0.1:{port}")
+    # An exception could come between a start and its entry in the list.
+    terminated = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     processes = [
         subprocess.Popen([*command, "--process", str(number)], env=environment)
         for number in range(options.processes)
     ]
     try:
         while any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes):
+            if terminated.is_set() or any(process.poll() for process in processes):
                 break
             time.sleep(0.05)
     finally:
@@ -211,6 +239,7 @@ def command_line() -> argparse.ArgumentParser:
         ("batch-size", int, 128, "digits in a step; a multiple of all devices"),
         ("learning-rate", float, 1e-3, "of RMSprop"),
         ("seed", int, 0, "of the first weights and the batches"),
+        ("output", Path, None, "file of a figure of the losses"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_argument(
@@ -227,10 +256,16 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = command_line()
     options = parser.parse_args(arguments)
-    for name in ("processes", "devices", "steps", "batch_size"):
-        if getattr(options, name) < 1:
+    for name in ("processes", "devices", "steps", "batch_size", "seed"):
+        least, value = int(name != "seed"), getattr(options, name)
+        if value < least:
             option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option}: must be at least 1, got {getattr(options, name)}")
+            parser.error(f"{option}: must be at least {least}, got {value}")
+    if options.output:
+        try:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--output: must be in a folder that can be made: {error}")
     if options.pod:
         jax.distributed.initialize()  # the pod tells it who the others are
     elif options.coordinator:

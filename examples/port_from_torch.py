@@ -1,6 +1,6 @@
 """Port a small MobileNet from torch to Flax: first torch's RMSprop, then TensorFlow's.
 
-    pip install "optax_rmsprop[examples]" torch
+    pip install -e ".[examples]" torch
     python examples/port_from_torch.py
 
 Part one trains the same network in torch and in Flax on the same batches, the latter

@@ -1,6 +1,6 @@
 """Train on scikit-learn's digits in a run that may be killed at any time.
 
-    pip install "optax_rmsprop[examples]"
+    pip install -e ".[examples]"
     python examples/preemptible.py
 
 Kill it (SIGKILL too) and give the same command again: it goes on from the latest
@@ -21,13 +21,17 @@ the devices), and in a small JSON file the step, from which the order of the dat
 follows, the options of the run and a checksum of the state. Orbax writes it in the
 background and renames it when it is whole. A checkpoint that cannot be read, or whose
 checksum is wrong, is moved to CHECKPOINTS/damaged, with a warning, and the run goes on
-from the one before. A checkpoint of another run is an error, and nothing is touched.
+from the one before. A checkpoint of another run is an error, and nothing is touched; so
+is a second process on the same folder.
 """
 
 import argparse
+import fcntl
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,11 +173,27 @@ class DamagedError(ValueError):
     """A checkpoint that cannot be read."""
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out; the system frees the lock of a killed process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"--checkpoints: another process trains in {folder}. Wait until it "
+                "has ended, or name another folder"
+            ) from error
+        yield
+
+
 class Checkpoints:
     """The folder of a run's checkpoints."""
 
     def __init__(self, run: Run, options: argparse.Namespace):
         self.run, self.folder = run, options.checkpoints.absolute()
+        self.steps = options.steps
         self.options = {
             name: value
             for name, value in sorted(vars(options).items())
@@ -185,10 +205,7 @@ class Checkpoints:
                 "state": ocp.StandardCheckpointHandler(),
                 "run": ocp.JsonCheckpointHandler(),
             },
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=options.keep,
-                cleanup_tmp_directories=True,  # what a killed run left half written
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=options.keep),
         )
 
     def save(self, step: int, state: State) -> None:
@@ -207,6 +224,12 @@ class Checkpoints:
 
     def restore(self) -> tuple[int, State] | None:
         """The step and state of the latest good checkpoint, None if there is none."""
+        for path in self.folder.iterdir():
+            if path.name.isdecimal() and not path.is_dir():
+                raise ValueError(
+                    f"--checkpoints: a step's number must be the name of a checkpoint, "
+                    f"got the file {path}. Move it, or name another folder"
+                )
         damaged: list[tuple[int, DamagedError]] = []
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
@@ -214,6 +237,11 @@ class Checkpoints:
             except DamagedError as error:
                 damaged.append((step, error))
                 continue
+            if step > self.steps:
+                raise ValueError(
+                    f"--steps: must be at least {step}, the step of the latest "
+                    f"checkpoint in {self.folder}, got {self.steps}"
+                )
             self.move_away(damaged, step)
             return step, state
         if damaged:
@@ -236,6 +264,8 @@ class Checkpoints:
             leaves = leaf_names(saved)
             options, expected = dict(record["options"]), record["checksum"]
             devices = record["devices"]
+            if record["step"] != step:
+                raise ValueError(f"it is of step {record['step']}")
         except Exception as error:
             raise DamagedError(first_line(error)) from error
         wrong = self.other_leaves(leaves) + self.other_options(options)
@@ -292,6 +322,11 @@ class Checkpoints:
         if damaged:
             self.manager.reload()
 
+    def remove_half_written(self) -> None:
+        """Only once the run is accepted: Orbax would do it before."""
+        for path in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(path)
+
 
 def first_line(error: Exception) -> str:
     """What went wrong, without tensorstore's fifty lines of settings."""
@@ -334,26 +369,23 @@ def hash_of(params: Any) -> str:
 
 def train(options: argparse.Namespace) -> State:
     run = Run(options)
-    checkpoints = Checkpoints(run, options)
-    with checkpoints.manager:
-        restored = checkpoints.restore()
-        if restored is None:
-            first, state = 0, run.init(options.seed)
-            print("starting at step 0", flush=True)
-        else:
-            first, state = restored
-            if first > options.steps:
-                raise ValueError(
-                    f"--steps: must be at least {first}, the step of the latest "
-                    f"checkpoint in {checkpoints.folder}, got {options.steps}"
-                )
-            print(f"going on from step {first}", flush=True)
-        for step, images, labels in batches(run, options, first):
-            state, loss = run.step(state, images, labels)
-            done = step + 1
-            if done % options.save_every == 0 or done == options.steps:
-                checkpoints.save(done, state)
-                print(f"step {done}: loss {float(loss):.4f}", flush=True)
+    with locked(options.checkpoints):
+        checkpoints = Checkpoints(run, options)
+        with checkpoints.manager:
+            restored = checkpoints.restore()
+            checkpoints.remove_half_written()
+            if restored is None:
+                first, state = 0, run.init(options.seed)
+                print("starting at step 0", flush=True)
+            else:
+                first, state = restored
+                print(f"going on from step {first}", flush=True)
+            for step, images, labels in batches(run, options, first):
+                state, loss = run.step(state, images, labels)
+                done = step + 1
+                if done % options.save_every == 0 or done == options.steps:
+                    checkpoints.save(done, state)
+                    print(f"step {done}: loss {float(loss):.4f}", flush=True)
     return state  # the manager has waited for the last checkpoint
 
 
@@ -387,23 +419,22 @@ def main(argv: list[str] | None = None) -> str:
     """Train or go on, report, and return the hash of the parameters."""
     parser = command_line()
     options = parser.parse_args(argv)
-    for name in ("save_every", "keep", "steps", "batch_size", "width"):
-        if getattr(options, name) < 1:
+    for name in ("save_every", "keep", "steps", "batch_size", "width", "seed"):
+        least, value = int(name != "seed"), getattr(options, name)
+        if value < least:
             option = f"--{name.replace('_', '-')}"
-            parser.error(f"{option}: must be at least 1, got {getattr(options, name)}")
+            parser.error(f"{option}: must be at least {least}, got {value}")
     if options.batch_size > TRAINED_ON or options.batch_size % jax.device_count():
         parser.error(
             f"--batch-size: must be a multiple of the {jax.device_count()} devices, at "
             f"most {TRAINED_ON}, got {options.batch_size}"
         )
-    if options.checkpoints.exists() and not options.checkpoints.is_dir():
-        parser.error(
-            f"--checkpoints: must be a folder, got a file {options.checkpoints}"
-        )
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         state = train(options)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        parser.error(f"--checkpoints: must be a folder to write in: {error}")
+    except ValueError as error:
         parser.error(str(error))
 
     _, (images, labels) = split_digits()

@@ -1,6 +1,6 @@
 """Resume a torch run in Flax from its checkpoint, and take it back to torch.
 
-    pip install "optax_rmsprop[examples]" torch
+    pip install -e ".[examples]" torch
     python examples/resume_from_torch.py
 
 trains a network on scikit-learn's digits for five epochs in torch, saves a checkpoint,

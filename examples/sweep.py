@@ -1,6 +1,6 @@
 """Try 162 settings of RMSprop, with five seeds each, at once under `jax.vmap`.
 
-    pip install "optax_rmsprop[examples]" torch
+    pip install -e ".[examples]" torch
     python examples/sweep.py
 
 trains 810 small networks on scikit-learn's digits, and 16 of them in torch, one after

@@ -22,8 +22,8 @@ class Diagnosis(NamedTuple):
         parameters: what each coordinate's gradient was multiplied with.
       saturation: eps / (root + eps), in [0, 1], likewise: the step size as a fraction
         of the largest that eps allows. At 1 eps alone decides, and the coordinate moves
-        as in gradient descent with rate learning_rate / eps; at 0 its gradient is
-        normalized in full.
+        as in gradient descent with rate learning_rate / eps (under the root, √eps); at
+        0 its gradient is normalized in full.
     """
 
     step_size: optax.Updates
@@ -66,8 +66,8 @@ def diagnose(
 
     Raises:
       TypeError: a number or option of the wrong kind.
-      ValueError: a number out of its range; an `opt_state` with no state of these, or
-        with more than one.
+      ValueError: a number out of its range; an `opt_state` with no state of these, with
+        more than one, or of many runs.
 
     Example:
       >>> import jax.numpy as jnp, optax_rmsprop
@@ -109,6 +109,11 @@ def _state_of_averages(opt_state: Any) -> ScaleByRmsState | ScaleByStddevState:
             found.append(_state_of_averages(decompress_state(node)))
         elif isinstance(node, kinds):
             found.append(node)
+    if len(found) == 1 and jnp.ndim(found[0].count):
+        raise ValueError(
+            "`opt_state` must be of one run, got a count of shape "
+            f"{jnp.shape(found[0].count)}; use jax.vmap for many"
+        )
     if len(found) != 1:
         raise ValueError(
             "`opt_state` must have one ScaleByRmsState or ScaleByStddevState, got "

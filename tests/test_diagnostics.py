@@ -160,6 +160,13 @@ def test_it_is_traced_and_mapped():
     np.testing.assert_allclose(ratio, np.full((3, 2), 2.0), 1e-6)
 
 
+def test_many_runs_are_read_by_vmap():
+    states = jax.vmap(rmsprop().init)(jnp.ones((3, 3)))
+    with pytest.raises(ValueError, match=r"one run, got a count of shape \(3,\); use"):
+        diagnose(states)
+    assert jax.vmap(diagnose)(states).step_size.shape == (3, 3)
+
+
 def test_the_state_is_left_as_it_is():
     _, state = after(rmsprop())
     before = jax.tree.map(np.array, state)

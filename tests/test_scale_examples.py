@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -69,22 +70,100 @@ def test_two_processes_equal_one():
     assert parameters <= 5e-6  # observed: 6e-8; 1e-3 is the length of a step
 
 
-def test_a_process_that_fails_ends_the_others():
-    process = start(["multi_host.py"], "--batch-size=6")
-    _, err = process.communicate()
-    assert process.returncode == 1
-    assert (
-        "--batch-size: must be a multiple of the 4 devices, at most 1797, got 6" in err
+def test_a_process_that_fails_ends_the_others(examples, tmp_path, monkeypatch):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys, time\nif sys.argv[-1] == '1': sys.exit(3)\ntime.sleep(60)"
     )
-    assert "the processes must all end with 0, they ended with" in err
+    monkeypatch.setattr(examples.multi_host, "__file__", str(worker))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # that of pytest stays
+    expected = "the processes must all end with 0, they ended with -9, 3"
+    with pytest.raises(SystemExit, match=expected):
+        examples.multi_host.main([])
 
 
-def test_on_a_pod_jax_finds_the_hosts_itself(examples, monkeypatch, capsys):
-    calls = []
+AS_PARENT = """
+import sys, multi_host
+multi_host.__file__ = sys.argv[1]
+multi_host.main([])
+"""
+
+
+def test_the_processes_end_with_their_parent(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os, time\nos.write(1, b'*')\ntime.sleep(60)")
+    parent = start(["-c", AS_PARENT], str(worker))
+    assert parent.stdout.read(2) == "**"  # both have started
+    parent.terminate()
+    _, err = parent.communicate(timeout=30)  # until the children have ended too
+    assert parent.returncode == 1
+    assert "must all end with 0, they ended with -9, -9" in err
+
+
+def test_on_a_pod_jax_finds_the_hosts_itself(examples, tmp_path, monkeypatch, capsys):
+    calls, figure = [], tmp_path / "new" / "figure.png"
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
-    examples.multi_host.main(["--pod", "--steps=2"])
+    examples.multi_host.main(["--pod", "--steps=2", f"--output={figure}"])
     assert calls == [()]
     assert "processes: 1, devices: 1," in capsys.readouterr().out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("size", [6, 1800])
+def test_a_batch_must_fit(examples, monkeypatch, size):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    options = examples.multi_host.command_line().parse_args([f"--batch-size={size}"])
+    expected = f"--batch-size: must be a multiple of the 4 .* at most 1797, got {size}"
+    with pytest.raises(SystemExit, match=expected):
+        examples.multi_host.compare(options)
+
+
+APART = {  # parameters and losses of the run on one device, which should be 0 and 1
+    "a parameter": ([0.0, 1e-3], 1.0),
+    "a loss": ([0.0, 0.0], 1.001),
+    "a parameter is NaN": ([0.0, np.nan], 1.0),
+    "a loss is NaN": ([0.0, 0.0], np.nan),
+}
+
+
+@pytest.mark.parametrize("what", APART)
+def test_a_difference_is_an_error(examples, monkeypatch, what):
+    params, loss = APART[what]
+    results = iter([([0.0, 0.0], None, [1.0]), (params, None, [loss])])
+    monkeypatch.setattr(examples.multi_host, "train", lambda *_: next(results))
+    monkeypatch.setattr(examples.multi_host, "everything", lambda params: params)
+    monkeypatch.setattr(examples.multi_host, "share", lambda _: 1.0)
+    options = examples.multi_host.command_line().parse_args([])
+    with pytest.raises(SystemExit, match="expected 1e-04: please report it"):
+        examples.multi_host.compare(options)
+
+
+def test_each_seed_and_step_has_its_batch(examples):
+    def labels(seed, index=0, count=1):
+        options = argparse.Namespace(seed=seed, steps=2, batch_size=64)
+        parts = examples.multi_host.my_rows(options, index, count)
+        return [labels.tolist() for _, labels in parts]
+
+    first, second = labels(0)
+    assert first != second
+    assert labels(0) == [first, second]
+    assert labels(1)[0] not in (first, second)
+    assert labels(0, 1, 2) == [first[32:], second[32:]]
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--steps=0", "--steps: must be at least 1, got 0"),
+        ("--seed=-1", "--seed: must be at least 0, got -1"),
+        (f"--output={__file__}/x.png", "--output: must be in a folder that can be"),
+    ],
+)
+def test_bad_options_start_no_process(examples, monkeypatch, option, expected, capsys):
+    monkeypatch.setattr(examples.multi_host, "start_processes", None)
+    with pytest.raises(SystemExit, match="2"):
+        examples.multi_host.main([option])
+    assert expected in capsys.readouterr().err
 
 
 # Runs that are killed.
@@ -194,6 +273,17 @@ def test_a_checkpoint_goes_on_on_another_number_of_devices(tmp_path):
     assert at_4 == again_at_4 != at_8 == again_at_8
 
 
+def test_each_seed_and_epoch_has_its_order(examples):
+    def epoch(first, seed):
+        index = [examples.preemptible.batch_at(first + i, 449, seed) for i in range(3)]
+        return np.concatenate(index).tolist()
+
+    orders = [epoch(0, 0), epoch(3, 0), epoch(0, 1)]
+    assert all(sorted(order) == list(range(1347)) for order in orders)
+    assert orders[0] == epoch(0, 0)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
 # Checkpoints that are no good.
 
 
@@ -230,6 +320,17 @@ def damages(test):
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def numbers(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name.isdigit())
+
+
+def half_written(folder):
+    """What is left of a run that was killed while it saved."""
+    place = folder / "9.orbax-checkpoint-tmp-123"
+    shutil.copytree(folder / "3", place)
+    return place
 
 
 def cut(path):
@@ -283,8 +384,13 @@ def test_after_a_damaged_checkpoint_it_ends_with_the_same_bits(examples, good, c
         cut(path)
     options = [*SHORT, f"--checkpoints={copy}"]
     expected = examples.preemptible.hash_of(good.latest["params"])
+    mine = copy / "damaged" / "6" / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
     assert examples.preemptible.main(options) == expected
-    assert sorted(path.name for path in copy.iterdir()) == ["3", "6", "damaged"]
+    assert numbers(copy) == ["3", "6"]
+    assert sorted(path.name for path in (copy / "damaged").iterdir()) == ["6", "6_"]
+    assert mine.exists()
     assert_same_bits(state_of(examples.preemptible, copy, *SHORT), (6, good.latest))
 
 
@@ -293,7 +399,7 @@ def refused(examples, capsys, folder, *options):
     before = contents(folder)
     with pytest.raises(SystemExit, match="2"):
         examples.preemptible.main([*SHORT, *options, f"--checkpoints={folder}"])
-    assert contents(folder) == before
+    assert contents(folder) == before | {folder / "lock": b""}
     return capsys.readouterr().err
 
 
@@ -304,6 +410,10 @@ FOREIGN = {
     r"here\n(.|\n)*--centered is False there, True here\n",
     "--width=24": r"params/Dense_0/kernel is float32\[64, 16\] there, "
     r"float32\[64, 24\] here\n(.|\n)*--width is 16 there, 24 here\n",
+    "--learning-rate=1e-3": r"--learning-rate is 0\.0003 there, 0\.001 here\n",
+    "--decay=0.5": r"--decay is 0\.9 there, 0\.5 here\n",
+    "--eps=1e-2": r"--eps is 0\.001 there, 0\.01 here\n",
+    "--batch-size=16": r"--batch-size is 32 there, 16 here\n",
     "--seed=1": r"is of another:\n  --seed is 0 there, 1 here\nGive the options of",
     "--steps=5": r"--steps: must be at least 6, the step of the latest .*, got 5",
 }
@@ -311,6 +421,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("option", FOREIGN)
 def test_a_checkpoint_of_another_run_is_refused(examples, copy, option, capsys):
+    half_written(copy)
     error = refused(examples, capsys, copy, option)
     assert re.search(FOREIGN[option], error)
     assert str(copy) in error
@@ -336,11 +447,70 @@ def test_other_files_in_the_folder_do_no_harm(examples, good, copy):
     (copy / "notes.txt").write_text("mine")
     (copy / "empty folder").mkdir()
     (copy / "12").mkdir()
-    (copy / "9").write_bytes(b"garbage")
     step, state = state_of(examples.preemptible, copy, *SHORT)
     assert step == 6
     assert_same_bits(state, good.latest)
     assert (copy / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_with_the_number_of_a_step_is_refused(examples, copy, capsys):
+    shutil.rmtree(copy / "6")
+    (copy / "6").write_text("precious")
+    error = refused(examples, capsys, copy)
+    assert f"must be the name of a checkpoint, got the file {copy}/6. Move it" in error
+
+
+@damages
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--steps=2", r"--steps: must be at least 3, the step of the latest .*, got 2"),
+        ("--steps=6", r"--checkpoints: must be a folder to write in: .*/damaged'"),
+    ],
+)
+def test_first_it_checks_and_then_moves_the_damaged(
+    examples, copy, option, expected, capsys
+):
+    cut(copy / "6" / "_CHECKPOINT_METADATA")
+    cut(copy / "6" / "run" / "metadata")
+    (copy / "damaged").touch()
+    assert re.search(expected, refused(examples, capsys, copy, option))
+
+
+def test_a_renamed_checkpoint_is_damaged(examples, good, copy, capsys):
+    (copy / "6").rename(copy / "9")
+    step, state = state_of(examples.preemptible, copy, *SHORT)
+    assert step == 3
+    assert_same_bits(state, good.earlier)
+    assert "step 9 is damaged (ValueError: it is of step 6)" in capsys.readouterr().out
+
+
+def test_the_checksum_knows_which_array_is_which(examples):
+    ones, zeros = jax.numpy.ones(2), jax.numpy.zeros(2)
+    checksum = examples.preemptible.checksum
+    assert checksum([ones, zeros]) == checksum([ones, zeros])
+    assert checksum([ones, zeros]) != checksum([zeros, ones])
+
+
+def test_only_one_process_trains_in_a_folder(examples, copy, monkeypatch, capsys):
+    errors = []
+
+    def batches(*_):
+        errors.append(refused(examples, capsys, copy, "--seed=1"))
+        return iter(())
+
+    monkeypatch.setattr(examples.preemptible, "batches", batches)
+    examples.preemptible.main([*SHORT, f"--checkpoints={copy}"])
+    (error,) = errors
+    assert f"--checkpoints: another process trains in {copy}. Wait until" in error
+
+
+def test_the_last_step_is_saved_and_few_are_kept(examples, copy):
+    left = half_written(copy)
+    options = [*SHORT, "--steps=8", "--keep=2", f"--checkpoints={copy}"]
+    examples.preemptible.main(options)
+    assert numbers(copy) == ["6", "8"]
+    assert not left.exists()
 
 
 BAD_OPTIONS = {
@@ -348,14 +518,18 @@ BAD_OPTIONS = {
     "--batch-size=1400": "--batch-size: must be a multiple of the 1 devices, at most "
     "1347, got 1400",
     "--decay=1.5": "`decay` must be a number in [0, 1), got 1.5",
-    f"--checkpoints={__file__}": "--checkpoints: must be a folder, got a file",
+    "--seed=-1": "--seed: must be at least 0, got -1",
+    f"--checkpoints={__file__}": "--checkpoints: must be a folder to write in: ",
+    f"--checkpoints={__file__}/x": "--checkpoints: must be a folder to write in: ",
 }
 
 
 @pytest.mark.parametrize("option", BAD_OPTIONS)
 def test_bad_options_are_refused(examples, tmp_path, option, capsys):
+    folder = tmp_path / "new"
     with pytest.raises(SystemExit, match="2"):
-        examples.preemptible.main([f"--checkpoints={tmp_path}", option])
+        examples.preemptible.main([f"--checkpoints={folder}", option])
+    assert not folder.exists()
     assert BAD_OPTIONS[option] in capsys.readouterr().err
 
 
