@@ -149,6 +149,7 @@ def test_the_pages_quote_the_records_of_benchmarks():
         assert any(report["table"](name) in text for text in pages.values())
     rows = {"step-cpu": 6, "carry": 3, "small_state": 30}  # of whole records
     rows |= {"small_state_cost-cpu": 12, "small_state_cost-tpu": 8, "step-tpu": 10}
+    rows |= {"many_leaves": 2}
     for name, number in rows.items():
         assert len(report["record"](name)["rows"]) == number
 
