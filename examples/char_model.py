@@ -117,7 +117,7 @@ def train(model: Writer, text: np.ndarray, held_out: np.ndarray, steps: int):
         batch = text[:, at : at + LENGTH + 1]
         loss, hidden = train_step(model, optimizer, hidden if at else start, batch)
         losses.append(bits(loss, LENGTH))
-        if (step + 1) % LOOK_EVERY == 0:
+        if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
             loss, _ = evaluate(model, start, held_out)
             looks.append((step + 1, bits(loss, held_out.shape[1] - 1)))
             sizes.append(step_sizes(optimizer))
