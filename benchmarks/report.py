@@ -20,6 +20,7 @@ import tpu
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 FOLDER = Path(__file__).parent
 DOCS = FOLDER.parent / "docs"
@@ -71,8 +72,10 @@ def draw_times(name):
     figure, panels = plt.subplots(1, len(rows), **size)
     for axes, (row, found) in zip(panels, rows.items(), strict=True):
         ratios = found["summary"]["ratio_to"]
-        times = {p: 1 / ratios[p]["mean"] if p in ratios else 0 for p in step.PEERS}
-        axes.barh(["ours", *times], [1, *times.values()], color=["C0", *["C5"] * 6])
+        # What was not measured has no bar.
+        times = [1 / ratios[p]["mean"] if p in ratios else np.nan for p in step.PEERS]
+        colors = ["C0", *["C5"] * len(times)]
+        axes.barh(["ours", *step.PEERS], [1, *times], color=colors)
         axes.axvline(1, color="C0", linewidth=1)
         title = row.replace(" ", "\n").replace("+", "\n+ ")
         axes.set(title=title, xlabel="time / ours")

@@ -181,6 +181,15 @@ def between(kind: type, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def make_folder_of_figure(parser: argparse.ArgumentParser, output: Path) -> None:
+    if output.suffix != ".png":
+        parser.error(f"--output: must end in .png, got {output}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: must be in a folder that can be made: {error}")
+
+
 def parse(
     doc: str, file: str, argv: list[str] | None, **numbers: int
 ) -> argparse.Namespace:
@@ -200,12 +209,7 @@ def parse(
         kind = between(int, 1, 100_000)
         parser.add_argument(f"--{name}", type=kind, default=default, help="of training")
     options = parser.parse_args(argv)
-    if options.output.suffix != ".png":
-        parser.error(f"--output: must end in .png, got {options.output}")
-    try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output: must be in a folder that can be made: {error}")
+    make_folder_of_figure(parser, options.output)
     return options
 
 

@@ -21,7 +21,14 @@ import jax
 import numpy as np
 import optax
 import torch
-from digits import TRAINED_ON, between, new_figure, shifted_batches, split_digits
+from digits import (
+    TRAINED_ON,
+    between,
+    make_folder_of_figure,
+    new_figure,
+    shifted_batches,
+    split_digits,
+)
 from flax import linen
 from torch import nn
 from tqdm import tqdm
@@ -238,12 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train both runs, and report how far they are apart."""
     parser = command_line()
     options = parser.parse_args(argv)
-    if options.output.suffix != ".png":
-        parser.error(f"--output: must end in .png, got {options.output}")
-    try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output: must be in a folder that can be made: {error}")
+    make_folder_of_figure(parser, options.output)
     torch.set_num_threads(1)  # more would fight with JAX's over the cores
     images, held_out_images, labels, held_out_labels = split_digits()
     steps = options.epochs * (TRAINED_ON // options.batch_size)

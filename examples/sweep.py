@@ -26,7 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import TRAINED_ON, between, new_figure, split_digits
+from digits import (
+    TRAINED_ON,
+    between,
+    make_folder_of_figure,
+    new_figure,
+    split_digits,
+)
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 
@@ -232,14 +238,9 @@ def main(argv: list[str] | None = None) -> dict:
     """Train all, compare, write; return the row of the best setting."""
     parser = command_line()
     options = parser.parse_args(argv)
-    if options.output.suffix != ".png":
-        parser.error(f"--output: must end in .png, got {options.output}")
     if options.torch_runs and importlib.util.find_spec("torch") is None:
         parser.error("--torch-runs needs torch: pip install torch")
-    try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output: must be in a folder that can be made: {error}")
+    make_folder_of_figure(parser, options.output)
     digits = split_digits()
     digits[:2] = (images.reshape(len(images), 64) for images in digits[:2])
     settings = {n: jnp.array([s[n] for s in SETTINGS], jnp.float32) for n in GRID}

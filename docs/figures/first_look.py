@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import torch
+from never_nan import LR, centered, steady, theirs
 from sklearn.datasets import load_digits
 
 from optax_rmsprop import rmsprop
@@ -68,28 +69,15 @@ def losses_in_jax(weights, images, digits):
     )
 
 
-SETTINGS = 0.01, 0.9, 1e-2  # learning rate, decay, eps
-
-
 def path_in_torch(gradients):
     p = torch.zeros(1)
-    tx = torch.optim.RMSprop([p], *SETTINGS, centered=True)
+    tx = torch.optim.RMSprop([p], LR, 0.9, 1e-2, centered=True)
     path = []
     for g in torch.tensor(gradients):
         p.grad = g[None]
         tx.step()
         path.append(p.item())
     return path
-
-
-def path_in_jax(tx, gradients):
-    def step(run, g):
-        p, state = run
-        updates, state = tx.update(g, state, p)
-        return (p + updates, state), p + updates
-
-    p = jnp.zeros(())
-    return jax.lax.scan(step, (p, tx.init(p)), gradients)[1]
 
 
 def draw_losses(axes):
@@ -104,14 +92,10 @@ def draw_losses(axes):
 
 
 def draw_paths(axes, steps=400):
-    noise = np.random.default_rng(0).normal(size=steps)
-    gradients = (1 + 1e-4 * noise).astype(np.float32)
-    learning_rate, decay, eps = SETTINGS
-    optaxs = optax.rmsprop(learning_rate, decay, eps, centered=True, eps_in_sqrt=False)
     paths = {
-        "optax_rmsprop": path_in_jax(rmsprop(*SETTINGS, centered=True), gradients),
-        "torch": path_in_torch(gradients),
-        "optax": path_in_jax(optaxs, gradients),
+        "optax_rmsprop": centered(rmsprop, steps),
+        "torch": path_in_torch(steady(steps)),
+        "optax": centered(theirs, steps),
     }
     styles = ("C0", 3, "-"), ("C1", 1.6, "--"), ("C4", 1.6, ":")
     for (name, path), (color, width, style) in zip(paths.items(), styles, strict=True):

@@ -73,20 +73,25 @@ def problem():
     return params, images, labels, jnp.asarray(batches, jnp.int32)
 
 
-def losses(tx):
-    """The loss of all digits, before the first update and after each."""
+def training(tx, measure, updates=STEPS):
+    """What `measure` makes of parameters, steps and state in each update."""
     params, images, labels, batches = problem()
 
     def step(carry, batch):
         params, state = carry
         grads = jax.grad(loss_of)(params, images[batch], labels[batch])
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        return (params, state), loss_of(params, images, labels)
+        changes, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, changes)
+        return (params, state), measure(params, changes, state)
 
-    first = loss_of(params, images, labels)
-    _, rest = jax.lax.scan(step, (params, tx.init(params)), batches)
-    return np.append(first, rest)
+    return jax.lax.scan(step, (params, tx.init(params)), batches[:updates])[1]
+
+
+def losses(tx):
+    """The loss of all digits, before the first update and after each."""
+    params, images, labels, _ = problem()
+    rest = training(tx, lambda params, *_: loss_of(params, images, labels))
+    return np.append(loss_of(params, images, labels), rest)
 
 
 def row(name, curve):

@@ -40,10 +40,14 @@ def updates_of(make, gradients, *settings, **options):
     return jax.jit(lambda g: jax.lax.scan(step, tx.init(g[0]), g)[1])(gradients)
 
 
-def centered(make, steps=1000):
+def steady(steps):
+    """Gradients of 1 ± 0.0001."""
     noise = np.random.default_rng(0).normal(size=steps)
-    gradients = jnp.asarray(1 + 1e-4 * noise, jnp.float32)
-    return total(updates_of(make, gradients, 0.9, 1e-2, centered=True))
+    return np.asarray(1 + 1e-4 * noise, np.float32)
+
+
+def centered(make, steps=1000):
+    return total(updates_of(make, jnp.array(steady(steps)), 0.9, 1e-2, centered=True))
 
 
 def spike(make, decay=0.9, steps=1200):

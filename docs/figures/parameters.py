@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from five_dialects import loss_of, problem
+from five_dialects import training
 
 from optax_rmsprop import diagnose, rmsprop
 
@@ -40,20 +40,6 @@ def steps(tx, gradients):
 
     p = jnp.zeros(gradients.shape[1:])
     return jax.lax.scan(step, (p, tx.init(p)), gradients)[1]
-
-
-def training(tx, measure, updates):
-    """What `measure` makes of parameters, steps and state in each update on digits."""
-    params, images, labels, batches = problem()
-
-    def step(carry, batch):
-        params, state = carry
-        grads = jax.grad(loss_of)(params, images[batch], labels[batch])
-        changes, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, changes)
-        return (params, state), measure(params, changes, state)
-
-    return jax.lax.scan(step, (params, tx.init(params)), batches[:updates])[1]
 
 
 def descent(tx, gradient, start, updates):
