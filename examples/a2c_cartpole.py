@@ -18,8 +18,6 @@ Stable-Baselines3's; eight environments, 500k steps and no entropy bonus are its
 for CartPole-v1 (DLR-RM/rl-baselines3-zoo, hyperparams/a2c.yml).
 """
 
-import argparse
-import os
 from functools import partial
 from pathlib import Path
 
@@ -28,13 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from cartpole import LONGEST, begin, play
-from digits import between, new_figure
+from digits import new_figure, parse
 from flax import nnx
 
 from optax_rmsprop import dialects
 
 ENVIRONMENTS, STEPS, DISCOUNT = 8, 5, 0.99
 WINDOW = LONGEST // STEPS  # updates, in which every environment ends an episode
+WINDOWS = 125
 DIALECTS = {"torch": dialects.torch, "TensorFlow": dialects.stable_baselines3}
 COLORS = ("C1", "C0")
 PROMISED_RETURN = 400
@@ -135,18 +134,12 @@ def draw(curves: dict[str, np.ndarray], steps: np.ndarray, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, np.ndarray]:
     """Train all, draw, report; return the curves."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    figure = os.path.relpath(Path(__file__).with_name("output") / "a2c_cartpole.png")
     window = WINDOW * STEPS * ENVIRONMENTS
-    for name, kind, default, text in (
-        ("windows", between(int, 1, 10_000), 125, f"of {window} steps each"),
-        ("seeds", between(int, 1, 100), 5, "agents of each dialect"),
-        ("output", Path, figure, "file of the figure"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-    options = parser.parse_args(argv)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-
+    numbers = {
+        "windows": (WINDOWS, f"of {window} steps each"),
+        "seeds": (5, "agents of each dialect"),
+    }
+    options = parse(__doc__, __file__, argv, **numbers)
     steps = window * np.arange(1, options.windows + 1)
     curves = train_all(options.windows * WINDOW, options.seeds)
     curves = {name: np.asarray(curves[name]) for name in DIALECTS}
@@ -161,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict[str, np.ndarray]:
         last = f"; figure in {options.output}" if at == options.windows - 1 else ""
         print(f"{line}: {', '.join(each)}{last}")
     worst = min(r[:, -1].mean() for r in curves.values())
-    if options.windows == 125 and not worst >= PROMISED_RETURN:
+    if options.windows == WINDOWS and not worst >= PROMISED_RETURN:
         raise SystemExit(f"expected at least {PROMISED_RETURN}: please report it")
     return curves
 

@@ -13,9 +13,7 @@ The recipe is char-rnn's (karpathy/char-rnn, train.lua): learning rate 2e-3, dec
 state carried on. Gradients are clipped at 5 as there, but by their norm.
 """
 
-import argparse
 import lzma
-import os
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -24,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import between, new_figure
+from digits import new_figure, parse
 from flax import nnx
 
 from optax_rmsprop import diagnose, rmsprop
@@ -32,6 +30,7 @@ from optax_rmsprop import diagnose, rmsprop
 RATE, DECAY, EPS, CLIP = 2e-3, 0.95, 1e-8, 5.0
 TX = optax.chain(optax.clip_by_global_norm(CLIP), rmsprop(RATE, DECAY, EPS))
 UNITS, SEQUENCES, LENGTH, LOOK_EVERY = 128, 50, 50, 20
+STEPS = 800
 LAYERS = {"embed": "embedding", "cell": "GRU", "head": "output"}
 PROMISED_BITS = 2.3
 
@@ -145,25 +144,16 @@ def draw(losses: np.ndarray, looks: np.ndarray, sizes: np.ndarray, path: Path) -
 
 def main(argv: list[str] | None = None) -> float:
     """Train, write, draw, report; return the held-out loss in bits a character."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    figure = os.path.relpath(Path(__file__).with_name("output") / "char_model.png")
-    for name, kind, default, text in (
-        ("steps", between(int, LOOK_EVERY, 100_000), 800, "of 2500 characters each"),
-        ("seed", between(int, 0, 2**32 - 1), 0, "of the first weights and the writing"),
-        ("output", Path, figure, "file of the figure"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-    options = parser.parse_args(argv)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-
+    of_step = f"of {SEQUENCES * LENGTH} characters each"
+    options = parse(__doc__, __file__, argv, steps=(STEPS, of_step))
     parts = texts()
     letters = sorted(set("".join(parts)))
     number = {letter: n for n, letter in enumerate(letters)}
     ids = (np.array([number[x] for x in part], np.int32) for part in parts)
-    model = Writer(len(letters), nnx.Rngs(options.seed))
+    model = Writer(len(letters), nnx.Rngs(0))
     losses, looks, sizes = train(model, *map(in_rows, ids), options.steps)
     draw(losses, looks, sizes, options.output)
-    begin, key = jnp.full((1, 1), number["\n"]), jax.random.key(options.seed)
+    begin, key = jnp.full((1, 1), number["\n"]), jax.random.key(0)
     written = np.asarray(write(model, begin, key, length=300))
     print("".join(letters[n] for n in written))
     packed = [len(lzma.compress(x.encode())) for x in (parts[0], "".join(parts))]
@@ -172,7 +162,7 @@ def main(argv: list[str] | None = None) -> float:
         f"text: {8 * (packed[1] - packed[0]) / len(parts[1]):.2f}), figure in "
         f"{options.output}"
     )
-    if options.steps == 800 and not looks[-1, 1] < PROMISED_BITS:
+    if options.steps == STEPS and not looks[-1, 1] < PROMISED_BITS:
         raise SystemExit(f"expected less than {PROMISED_BITS} bits: please report it")
     return looks[-1, 1]
 

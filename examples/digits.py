@@ -191,9 +191,9 @@ def make_folder_of_figure(parser: argparse.ArgumentParser, output: Path) -> None
 
 
 def parse(
-    doc: str, file: str, argv: list[str] | None, **numbers: int
+    doc: str, file: str, argv: list[str] | None, **numbers: tuple[int, str]
 ) -> argparse.Namespace:
-    """The options of a small example: --output, and positive integers."""
+    """The options of a small example: --output, and positive integers, explained."""
     parser = argparse.ArgumentParser(
         description=doc.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -205,9 +205,9 @@ def parse(
         default=os.path.relpath(figure),
         help="file of the figure",
     )
-    for name, default in numbers.items():
+    for name, (default, text) in numbers.items():
         kind = between(int, 1, 100_000)
-        parser.add_argument(f"--{name}", type=kind, default=default, help="of training")
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     options = parser.parse_args(argv)
     make_folder_of_figure(parser, options.output)
     return options

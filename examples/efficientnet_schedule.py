@@ -10,10 +10,9 @@ with the learning rate outside the momentum buffer, where torch has it (averaged
 
 The recipe (Tan and Le, arXiv:1905.11946, section 5.2, and their code): weight decay
 1e-5 of all but norms; decay and momentum 0.9, epsilon 1e-3 under the root; a learning
-rate of 0.256 for 4096 images, in proportion for fewer, which rises for 5 epochs, then
-falls by 3 % every 2.4. In their code the fall counts from the first update, so that
-after the rise their rate is 6 to 9 % lower. Their average of weights spans
-10,000 updates, an eleventh of 350 epochs; here it spans an eleventh of the run.
+rate of 0.256 for 4096 images, in proportion for fewer, which rises for 5 epochs and
+falls by 3 % every 2.4, counted from the first update as in their code. Their average of
+weights spans 10,000 updates, an eleventh of 350 epochs; here an eleventh of the run.
 """
 
 import digits
@@ -22,19 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen
+from port_from_torch import efficientnet_schedule
 
 from optax_rmsprop import diagnose, dialects
 
 BATCH, EPOCHS, EPSILON, PROMISED_ACCURACY = 32, 32, 1e-3, 0.96
 EPOCH = digits.TRAINED_ON // BATCH  # in updates
-SCHEDULE = optax.warmup_exponential_decay_schedule(
-    init_value=0.0,
-    peak_value=0.256 * BATCH / 4096,
-    warmup_steps=5 * EPOCH,
-    transition_steps=2.4 * EPOCH,
-    decay_rate=0.97,
-    staircase=True,
-)
+SCHEDULE = efficientnet_schedule(0.256 * BATCH / 4096, EPOCH)
 
 
 class Network(linen.Module):
@@ -103,7 +96,7 @@ def draw(inside, outside, path):
 
 
 def main(argv=None):
-    options = digits.parse(__doc__, __file__, argv, epochs=EPOCHS)
+    options = digits.parse(__doc__, __file__, argv, epochs=(EPOCHS, "of training"))
     # Stable-Baselines3's is TensorFlow's in all but the place of the learning rate.
     inside = dialects.tensorflow(SCHEDULE, decay=0.9, momentum=0.9, epsilon=EPSILON)
     outside = dialects.stable_baselines3(SCHEDULE, alpha=0.9, momentum=0.9, eps=EPSILON)

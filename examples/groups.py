@@ -91,7 +91,7 @@ def check(tx, first, params):
 
 
 def main(argv=None):
-    options = digits.parse(__doc__, __file__, argv, steps=STEPS)
+    options = digits.parse(__doc__, __file__, argv, steps=(STEPS, "of training"))
     images, held_out_images, labels, held_out_labels = digits.split_digits()
     few, tx = labels < 5, rmsprop(1e-3, **RECIPE)
     old, new = (Network().init(jax.random.key(k), images[:1])["params"] for k in (0, 1))

@@ -98,7 +98,7 @@ def draw(runs, path):
 
 
 def main(argv=None):
-    options = digits.parse(__doc__, __file__, argv, steps=STEPS)
+    options = digits.parse(__doc__, __file__, argv, steps=(STEPS, "of training"))
     # An average that starts at zero makes the first steps the longest: warm up.
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, 3e-4, warmup_steps=options.steps // 10, decay_steps=options.steps

@@ -135,11 +135,3 @@ def test_it_learns_and_draws(example, tmp_path, capsys):
     torchs, tensorflows = curves["torch"], curves["TensorFlow"]
     assert torchs[:, -1].min() > 80  # observed: 172
     assert tensorflows.max() < 40  # observed: 24
-
-
-def test_it_explains_every_option(example, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        example.main(["--help"])
-    printed = capsys.readouterr().out
-    for option in ("--windows", "--seeds", "--output"):
-        assert re.search(rf"{option} [A-Z]+ +\w", printed)

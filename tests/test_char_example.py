@@ -107,11 +107,3 @@ def test_step_sizes_are_those_of_the_optimizer(example):
         np.testing.assert_allclose(
             deciles, np.quantile(expected, [0.1, 0.5, 0.9]), rtol=1e-3
         )
-
-
-def test_it_explains_every_option(example, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        example.main(["--help"])
-    printed = capsys.readouterr().out
-    for option in ("--steps", "--seed", "--output"):
-        assert re.search(rf"{option} [A-Z]+ +\w", printed)
