@@ -77,6 +77,11 @@ def test_the_site_needs_no_network(site):
         )
         fetched += re.findall(r'<link[^>]+href="(https?:[^"]+)', path.read_text())
         assert not fetched, path
+    for path in site.rglob("*.css"):
+        fetched = re.findall(
+            r"(?:@import|url\()\s*[\"']?((?:https?:)?//[^\"')]+)", path.read_text()
+        )
+        assert not fetched, path
 
 
 def test_the_explorer_is_beside_the_page_that_leads_to_it(site, import_example):
