@@ -189,9 +189,9 @@ def scale_by_stddev(
     `var` equals torch's `square_avg - grad_avg²` in exact arithmetic, and cannot become
     negative. A steady gradient has no variance: its denominator tends to eps and its
     step grows towards g/eps. Choose eps large: DQN had 0.01 under the root, which is
-    0.1 outside. In float32 the mean comes to rest within |g| * 6e-8/(1 - decay) of the
-    gradient, which bounds √var from below. With bias_correction the first update is
-    g/eps, for the same reason.
+    0.1 outside. In float32 the mean comes to rest at about |g| * 6e-8/(1 - decay) from
+    the gradient, and so does √var. With bias_correction the first update is g/eps, for
+    the same reason.
 
     Args:
       decay: weight of the old averages, in (0, 1); they remember about 1/(1 - decay)
