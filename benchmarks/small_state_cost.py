@@ -43,13 +43,13 @@ OPTIONS = {
 }
 ON_TPU = OPTIONS | {"momentum+decay": {"momentum": 0.9, "weight_decay": 1e-4}}
 STATES = ("bfloat16", "uint8")
-# What --check accepts for uint8: HBM bytes a parameter, and 1 MiB of scratch.
+# What --check accepts for uint8: HBM bytes per parameter, and 1 MiB of scratch.
 LIMITS = {"plain": 20, "momentum": 28}
 TIME_LIMIT = 1.5  # of a step in float32
 STEPS_A_CALL = (1, 10)
 TABLE_HEAD = """\
-leaves | options | steps a call | float32, ms a step | bfloat16 / float32 | \
-uint8 / float32 | state, bytes a parameter
+leaves | options | steps per call | float32, ms per step | bfloat16 / float32 | \
+uint8 / float32 | state, bytes per parameter
 ---|---|---|---|---|---|---"""
 TPU_TABLE_HEAD = """\
 compiled for | options | float32 | bfloat16 | uint8

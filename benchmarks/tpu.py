@@ -43,7 +43,7 @@ PEERS = {
     "ours": lambda **options: rmsprop(0.01, **options),
 }
 TABLE_HEAD = """\
-compiled for | options | by | loops | bytes a parameter | scratch, KiB | \
+compiled for | options | by | loops | bytes per parameter | scratch, KiB | \
 least time, ms
 ---|---|---|---|---|---|---"""
 

@@ -1,4 +1,4 @@
-"""Digits in float32, with a state of one byte a number, and in bfloat16 throughout.
+"""Digits in float32, with a state of one byte per number, and in bfloat16 throughout.
 
     pip install -e ".[examples]"
     python examples/low_precision.py

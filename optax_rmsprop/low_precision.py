@@ -1,4 +1,4 @@
-"""Optimizer states of one or two bytes a number, and 16-bit parameters that learn.
+"""Optimizer states of one or two bytes per number, and 16-bit parameters that learn.
 
 Where this differs from the 8-bit optimizers of bitsandbytes:
 
@@ -54,7 +54,7 @@ def compress_state(
     seed: int = 0,
     min_size: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keep the state of any optax transformation in one or two bytes a number.
+    """Keep the state of any optax transformation in one or two bytes per number.
 
         s      = decode(codes)
         u, s   = tx.update(g, s, p)

@@ -406,7 +406,9 @@ EXPECTED = {
 FRONT = {
     "efficientnet": {"add_decayed_weights": 1e-5},
     "mnasnet": {"add_decayed_weights": 1e-5},
+    "inception_v3": {"add_decayed_weights": 4e-5},
     "inception_v4": {"add_decayed_weights": 4e-5},
+    "mobilenet_v1": {"add_decayed_weights": 4e-5},
     "mobilenet_v2": {"add_decayed_weights": 4e-5},
     "amoebanet": {"add_decayed_weights": 4e-5, "clip_by_global_norm": 10},
     "a2c": {"clip_by_global_norm": 0.5},
@@ -431,7 +433,7 @@ def test_published_numbers(name):
 def test_weight_decay_spares_batch_norm():
     """Where it stands in front of the dialect; torchvision decays all."""
     decaying = [name for name in FRONT if "add_decayed_weights" in FRONT[name]]
-    assert len(decaying) == 5
+    assert len(decaying) == 7
     for name in decaying:
         tx = PUBLISHED[name][0]
         params = {"kernel": jnp.ones((2, 2)), "BatchNorm_0": {"scale": jnp.ones(2)}}
@@ -442,6 +444,17 @@ def test_weight_decay_spares_batch_norm():
                 updates, state = tx.update(zero, state, params)
         assert jnp.all(updates["kernel"] < 0)
         assert jnp.all(updates["BatchNorm_0"]["scale"] == 0)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
+def test_weight_decay_spares_depthwise_kernels_in_slim(name):
+    tx = PUBLISHED[name][0]
+    params = {name: {"kernel": jnp.ones((3, 3))} for name in ("pointwise", "depthwise")}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(zero, tx.init(params), params)
+    assert jnp.all(updates["pointwise"]["kernel"] < 0)
+    assert jnp.all(updates["depthwise"]["kernel"] == 0)
 
 
 def test_the_figure_s_losses():

@@ -291,7 +291,7 @@ def test_where_weights_come_to_rest(modules):
 
 
 def test_l2_without_any_other_gradient():
-    weak, strong = says("weight_decay", "an update, with 1e-4 as with 1e-2, until eps")
+    weak, strong = says("weight_decay", "per update, with 1e-4 as with 1e-2, until eps")
     settings = {"lr": 1e-3, "start": 1.0, "eps": 0}
     none = np.zeros(300)
     moved = steps(none, weight_decay=weak, **settings)

@@ -83,7 +83,10 @@ def timm(
     max_lr: float | None = None,
     weight_decay_mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """timm's `RMSpropTF` ("rmsproptf"); "rmsprop" there is torch's with alpha=0.9.
+    """timm's `RMSpropTF` ("rmsproptf"); its factory sets a momentum of 0.9.
+
+    The factory, `create_optimizer_v2`, also has "rmsprop": `torch(alpha=0.9,
+    momentum=0.9)`.
 
         g <- g + weight_decay * p               decoupled_decay: p <- p * (1 - lr * wd)
         v <- v + (1 - alpha) * (g² - v)         v starts at 1
