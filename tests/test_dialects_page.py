@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+import optax_rmsprop
 from optax_rmsprop import dialects, rmsprop
 from peers.record import FRAMEWORKS
 from test_dialects import RECORDED, TRANSCRIBED, settings_of
@@ -250,7 +251,7 @@ def defaults():
 
 @contextlib.contextmanager
 def spied():
-    """What any dialect gives to rmsprop meanwhile, and what stands in front of it."""
+    """What is given to rmsprop meanwhile, and what stands in front of it."""
     seen, front = [], {}
 
     def spy(*args, **kwargs):
@@ -271,7 +272,8 @@ def spied():
         return noting
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("add_decayed_weights", "clip_by_global_norm"):
+        patch.setattr(optax_rmsprop, "rmsprop", spy)
+        for name in ("add_decayed_weights", "clip", "clip_by_global_norm"):
             patch.setattr(optax, name, noted(name))
         for name in dialects.__all__:
             module = sys.modules[getattr(dialects, name).__module__]
@@ -293,26 +295,24 @@ def trained(tx, steps):
     return old, new
 
 
-def published():
-    """By name, each published setting and what it gives to rmsprop."""
-    section = PAGE.split("\n## Published settings\n")[1].split("\n## ")[0]
+def settings_in(section):
+    """By name, each setting in its code and what it gives to rmsprop."""
     found = {}
     for code in re.findall(r"^```python\n(.*?)^```", section, re.M | re.S):
         scope = {}
         with spied() as seen:
-            exec(compile(code, "docs/dialects.md", "exec"), scope)
-        settings = [
-            name
-            for name, value in scope.items()
-            if isinstance(value, optax.GradientTransformation)
-        ]
-        for name, one in zip(settings, seen, strict=True):
+            exec(compile(code, "docs", "exec"), scope)
+        settings = {}
+        for name, value in scope.items():
+            if isinstance(value, optax.GradientTransformation):
+                settings.setdefault(value, name)  # not of a loop over them
+        for (value, name), one in zip(settings.items(), seen, strict=True):
             assert name not in found
-            found[name] = scope[name], one
+            found[name] = value, one
     return found
 
 
-PUBLISHED = published()
+PUBLISHED = settings_in(PAGE.split("\n## Published settings\n")[1].split("\n## ")[0])
 
 
 def test_every_published_setting_is_in_the_table():
