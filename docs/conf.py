@@ -18,8 +18,11 @@ html_theme_options = {
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,
+    "footer_content_items": "last-updated.html",
 }
 html_static_path = ["_static"]
+html_context = {"default_mode": "auto"}
+templates_path = ["_templates"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
@@ -53,13 +56,20 @@ def to_restructured_text(app, what, name, obj, options, lines):
     lines[:] = kept
 
 
+def mathml(formula, **options):
+    """The formula, with bars as close to what they enclose as parentheses are."""
+    bar = '<mo stretchy="false"{}>&#x0007C;</mo>'.format
+    close = bar(' lspace="0" rspace="0"')
+    return convert(formula, **options).replace(bar(""), close)
+
+
 def inline_math(translator, node):
-    translator.body.append(convert(node.astext()))
+    translator.body.append(mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def display_math(translator, node):
-    translator.body.append(convert(node.astext(), display="block"))
+    translator.body.append(mathml(node.astext(), display="block"))
     raise nodes.SkipNode
 
 
@@ -74,7 +84,9 @@ def write_explorer(app, error):
     if app.builder.name == "html" and not error:
         examples = Path(__file__).parent.parent / "examples"
         explorer = runpy.run_path(str(examples / "explorer.py"))
-        Path(app.outdir, "explore.html").write_text(explorer["page"](), "utf-8")
+        Path(app.outdir, "explore.html").write_text(
+            explorer["page"](home="index.html"), "utf-8"
+        )
 
 
 def speak_chinese(app, pagename, templatename, context, doctree):

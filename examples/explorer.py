@@ -4,7 +4,7 @@
 
 puts the pieces in `docs/explorer` together, and ends with a line like
 
-    explorer.html (66 kB, nothing to fetch): open it in a browser
+    explorer.html (71 kB, nothing to fetch): open it in a browser
 
 Sliders for every argument of `rmsprop`, six surfaces, and torch, Keras and optax beside
 it, in English and Chinese.
@@ -13,6 +13,7 @@ it, in English and Chinese.
 import argparse
 import json
 import re
+from html import escape
 from pathlib import Path
 
 PIECES = Path(__file__).parent.parent / "docs" / "explorer"
@@ -27,10 +28,13 @@ def piece(name: str) -> str:
     return text
 
 
-def page() -> str:
-    """The page, its styles, labels and code within."""
-    html = piece("template.html")
-    return re.sub(r"\{\{([\w.]+)\}\}", lambda found: piece(found[1]), html) + "\n"
+def page(*, home: str | None = None) -> str:
+    """The page, its styles, labels and code within, and a link to `home` if given."""
+    link = ""
+    if home is not None:
+        link = f'<a id="home" href="{escape(home)}" data-label="home"></a>'
+    text = piece("template.html").replace("{{home}}", link)
+    return re.sub(r"\{\{([\w.]+)\}\}", lambda found: piece(found[1]), text) + "\n"
 
 
 def outside_references(html: str) -> list[str]:

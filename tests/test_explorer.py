@@ -418,6 +418,7 @@ REFUSED = {
 def test_it_refuses_what_the_package_refuses(script, why):
     s = scene(**REFUSED[why])
     assert script("refusal(s)", s=s) == why
+    assert script("pythonCall(s)", s=s).startswith("# raises ValueError\nrmsprop(")
     with pytest.raises(ValueError, match=why):
         rmsprop(**{n: s[n] for n in (*NUMBERS, *FLAGS)})
 
@@ -444,11 +445,38 @@ def test_numbers_have_the_packages_bounds(script, bound):
 def test_the_hash_keeps_a_setting(script):
     for number, flags in enumerate(programs()):
         for s in random_settings(number, flags):
-            assert script("fromHash(`#${toHash(s)}`)", s=s) == s
-    usual = script("fromHash('')")
+            found = script("fromHash(`#${toHash(s)}`)", s=s)
+            assert found == {"settings": s, "ignored": []}
+    usual = script("fromHash('')")["settings"]
     assert script("toHash(s)", s=usual) == ""
-    bad = "#decay=1.5&eps=x&steps=20.5&surface=toString&toString=1&momentum=&=&nesterov"
-    assert script("fromHash(text)", text=bad) == usual
+
+
+@pytest.mark.parametrize(
+    ("text", "ignored"),
+    [
+        (
+            "#decay=1.5&eps=x&steps=99999&momentum=",
+            ["decay", "eps", "steps", "momentum"],
+        ),
+        ("#surface=toString&toString=1&lr=3", ["surface", "toString", "lr"]),
+        ("#nesterov&centered=yes&schedule=never", ["nesterov", "centered", "schedule"]),
+        ("#decay=%zz&%E4=1&=5&steps=20.5&decay=2", ["decay", "%E4", "=5", "steps"]),
+        ("#" + "a" * 1000, ["a" * 40]),
+        ("#&&", []),
+    ],
+)
+def test_what_a_hash_has_beside_settings_is_named(script, text, ignored):
+    usual = script("fromHash('')")["settings"]
+    found = script("fromHash(text)", text=text)
+    assert found == {"settings": usual, "ignored": ignored}
+
+
+def test_a_hash_may_be_escaped(script):
+    found = script(
+        "fromHash(text)", text="#decay=0.9%20&%65ps=%31e-3&surface=saddle%20"
+    )
+    settings = scene(decay=0.9, eps=1e-3, surface="saddle", steps=200)
+    assert found == {"settings": settings, "ignored": []}
 
 
 def test_the_call_has_what_differs_from_the_defaults(script):
@@ -527,6 +555,7 @@ def test_every_reason_has_a_label(script):
 def test_the_page_fetches_nothing(explorer):
     html = explorer.page()
     assert "{{" not in html
+    assert 'id="home"' not in html
     assert explorer.outside_references(html) == []
     for bad in (
         '<img alt="" src="a.png">',
@@ -564,7 +593,9 @@ def contrast(a, b):
 
 
 def test_colours_have_the_contrast_of_wcag_aa(explorer):
-    light, dark = re.findall(r":root \{(.*?)\}", explorer.piece("explorer.css"), re.S)
+    roots = re.findall(r":root \{(.*?)\}", explorer.piece("explorer.css"), re.S)
+    light, dark, printed = roots
+    assert "--page: #ffffff;" in printed
     for theme in (light, dark):
         colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", theme))
         assert len(colors) == 15
@@ -655,6 +686,7 @@ def test_the_page_loads_and_draws(open_page):
         assert path_of(page, name).count("L") == 200
     for chart in ("loss", "rate-0", "rate-1"):
         assert page.locator(f"#{chart} .curve").count() == 4
+        assert "step" in page.locator(f"#{chart} text").all_text_contents()
         assert "optax_rmsprop: from" in page.get_attribute(f"#{chart}", "aria-label")
     assert page.inner_text("#call") == "rmsprop()"
     assert page.input_value("#preset") == "torch"
@@ -705,7 +737,8 @@ def test_a_number_can_be_typed(open_page):
 
 
 def test_the_address_is_the_setting(open_page, expect):
-    page = open_page("#momentum=0.9&nesterov=true&surface=saddle&lr=3")
+    page = open_page("#momentum=0.9&nesterov=true&surface=saddle")
+    assert page.inner_text("#ignored") == ""
     assert page.input_value("#surface") == "saddle"
     assert page.is_checked("#nesterov")
     assert "rmsprop(momentum=0.9, nesterov=True)" in page.inner_text("#call")
@@ -716,6 +749,26 @@ def test_the_address_is_the_setting(open_page, expect):
     page.evaluate("location.hash = 'momentum=0.9&nesterov=true&surface=saddle'")
     expect(page.locator("#nesterov")).to_be_checked()
     assert path_of(page) == path
+
+
+def test_it_says_what_it_ignores_of_the_address(open_page, expect):
+    page = open_page("#decay=2&eps=0.1%20&surface=foo")
+    said = "Ignored from the address: decay, surface"
+    assert page.inner_text("#ignored") == said
+    assert page.get_attribute("#ignored", "role") == "status"
+    assert page.inner_text("#call") == "rmsprop(eps=0.1)"
+    assert address_of(page).endswith("explorer.html#eps=0.1")
+    page.press("#decay-slider", "ArrowRight")
+    assert page.inner_text("#ignored") == said  # nothing jumps under the hand
+    page.select_option("#language", "zh")
+    assert page.inner_text("#ignored") == "地址中以下设置无效，已忽略：decay、surface"
+    page.click("#reset")
+    assert page.inner_text("#ignored") == ""
+    page.evaluate("location.hash = 'steps=99999&eps=%'")
+    expect(page.locator("#ignored")).to_have_text(
+        "地址中以下设置无效，已忽略：steps、eps"
+    )
+    assert address_of(page).endswith("?lang=zh")
 
 
 def test_it_says_where_the_others_turn_nan(open_page, expect):
@@ -738,8 +791,11 @@ def test_what_rmsprop_refuses_is_said(open_page):
     page = open_page("#nesterov=true")
     assert page.inner_text("#refusal") == LABELS["en"]["refusal.nesterov"]
     assert page.locator("#path .curve.ours").count() == 0
+    assert page.inner_text("#why-torch") == LABELS["en"]["unchecked"]
+    assert page.inner_text("#call") == "# raises ValueError\nrmsprop(nesterov=True)"
     page.fill("#momentum", "0.5")
     assert not page.is_visible("#refusal")
+    assert page.inner_text("#call") == "rmsprop(momentum=0.5, nesterov=True)"
     assert page.locator("#path .curve.ours").count() == 1
 
 
@@ -788,6 +844,146 @@ def test_nothing_scrolls_sideways(open_page, language, width):
         assert len(set(lefts)) == 1
 
 
+def box(page, selector):
+    return page.locator(selector).bounding_box()
+
+
+def inside(page, selector, height):
+    """Whether it is in view from top to bottom."""
+    found = box(page, selector)
+    return found["y"] >= 0 and found["y"] + found["height"] <= height
+
+
+WIDE = [(1280, 720), (1280, 1000), (1000, 720), (960, 540), (844, 390), (640, 360)]
+
+
+@pytest.mark.parametrize(("width", "height"), WIDE)
+def test_a_slider_and_all_results_are_in_reach_together(open_page, width, height):
+    page = open_page(width=width, height=height)
+    for name in ("decay", "weight_decay"):
+        page.locator(f"#{name}-slider").evaluate(
+            "e => e.scrollIntoView({block: 'center'})"
+        )
+        assert inside(page, f"#{name}-slider", height)
+        assert inside(page, "#path", height)
+        assert inside(page, "#play", height)
+        assert box(page, "#path")["x"] > box(page, f"#{name}-slider")["x"] + 100
+        scroll = "e => e.scrollTo(0, e.scrollHeight)"
+        page.eval_on_selector(".results", scroll)
+        assert inside(page, "#copy", height)
+        assert inside(page, f"#{name}-slider", height)
+        page.eval_on_selector(".results", "e => e.scrollTo(0, 0)")
+
+
+def test_the_results_do_not_lie_on_each_other(open_page):
+    for width, height in WIDE:
+        page = open_page("#nesterov=true", width=width, height=height)
+        cards = [".map", ".look", ".charts", ".call"]
+        if width < 1100:
+            cards.insert(2, ".implementations")
+        boxes = [box(page, card) for card in cards]
+        for above, below in itertools.pairwise(boxes):
+            assert below["y"] >= above["y"] + above["height"] + 10
+
+
+def test_play_stays_where_it_is(open_page):
+    page = open_page()
+    place = box(page, "#play")
+    below_the_map = place["y"] - box(page, ".map")["y"] - box(page, ".map")["height"]
+    assert below_the_map < 40
+    for rest in ("learning_rate=1e-6&decay=0.9&centered=true&surface=slope", "eps=1"):
+        assert box(open_page(f"#{rest}"), "#play") == place
+    page.click("#nesterov")
+    page.evaluate("scrollTo(0, 0)")
+    assert box(page, "#play") == place
+    said, drawn = box(page, "#refusal"), box(page, "#path")
+    assert said["y"] > drawn["y"] + drawn["height"] / 2
+    assert said["y"] + said["height"] < drawn["y"] + drawn["height"]
+
+
+def rings(page):
+    """Names and radii of the marks at the ends, in the order of their drawing."""
+    read = "nodes => nodes.map((n) => [n.classList[1], Number(n.getAttribute('r'))])"
+    return page.eval_on_selector_all("#path .place", read)
+
+
+def test_equal_ends_lie_around_each_other(open_page):
+    page = open_page()
+    drawn = rings(page)
+    assert [name for name, _ in drawn] == ["optax", "keras", "torch", "ours"]
+    radii = [r for _, r in drawn]
+    assert all(a >= b + 3 for a, b in itertools.pairwise(radii))
+    page = open_page("#eps=0.5&decay=0.9&momentum=0.5&steps=100")
+    apart = dict(rings(page))  # torch with ours, and optax with Keras
+    assert apart["ours"] == apart["keras"] < apart["torch"] == apart["optax"]
+
+
+def test_the_axes_are_named(open_page):
+    page = open_page("?lang=zh")
+    assert page.locator("#path .axis").all_text_contents() == ["x", "y"]
+    frame = box(page, "#path")
+    across, up = (page.locator("#path .axis").nth(i).bounding_box() for i in (0, 1))
+    assert across["x"] + across["width"] > frame["x"] + frame["width"] - 20
+    assert across["y"] + across["height"] > frame["y"] + frame["height"] - 20
+    assert up["x"] < frame["x"] + 20
+    assert up["y"] < frame["y"] + 20
+    assert "步" in page.locator("#loss text").all_text_contents()
+
+
+@pytest.fixture(scope="module")
+def site_address(explorer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("site") / "explore.html"
+    path.write_text(explorer.page(home="index.html?a=1&b"), "utf-8")
+    return path.as_uri()
+
+
+def test_within_a_site_it_leads_back(open_page, site_address):
+    page = open_page(width=320)
+    assert page.locator("header a").count() == 0
+    page.goto(site_address)
+    assert page.get_attribute("header a", "href") == "index.html?a=1&b"
+    assert page.inner_text("header a") == "Documentation"
+    assert page.evaluate("document.documentElement.scrollWidth") == 320
+    page.select_option("#language", "zh")
+    assert page.inner_text("header a") == "文档"
+
+
+@pytest.mark.parametrize("system", ["light", "dark"])
+def test_within_a_site_it_keeps_the_theme_of_the_site(open_page, site_address, system):
+    page = open_page(color_scheme=system)
+    ground = "getComputedStyle(document.body).backgroundColor"
+    grounds = {system: page.evaluate(ground)}
+    other = {"light": "dark", "dark": "light"}[system]
+    page.evaluate(f"localStorage.setItem('mode', '{other}')")
+    page.reload()
+    assert page.evaluate(ground) == grounds[system]
+    page.goto(site_address)
+    grounds[other] = page.evaluate(ground)
+    assert grounds == {"light": "rgb(246, 247, 249)", "dark": "rgb(18, 22, 29)"}
+    scheme = "getComputedStyle(document.documentElement).colorScheme"
+    assert page.evaluate(scheme) == other
+    page.evaluate("localStorage.setItem('mode', 'auto')")
+    page.reload()
+    assert page.evaluate(ground) == grounds[system]
+
+
+def test_it_prints_what_it_shows(open_page):
+    page = open_page(color_scheme="dark", width=718, height=1000)
+    picture = "document.getElementById('shade').toDataURL()"
+    drawn = page.evaluate(picture)
+    page.emulate_media(media="print", color_scheme="dark")
+    page.wait_for_function(f"drawn => {picture} !== drawn", arg=drawn)
+    for gone in ("#controls", "#language", "#play", "#look", "#copy", "#reset"):
+        assert not page.is_visible(gone), gone
+    for kept in ("#surface", "#path", "#why-torch", "#loss", "#call"):
+        assert page.is_visible(kept), kept
+    for name in (".map", ".results"):
+        position = page.eval_on_selector(name, "e => getComputedStyle(e).position")
+        assert position == "static"
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == "rgb(255, 255, 255)"
+
+
 def test_everything_that_takes_focus_has_a_name_and_shows_it(open_page):
     page = open_page()
     seen = []
@@ -807,6 +1003,8 @@ def test_everything_that_takes_focus_has_a_name_and_shows_it(open_page):
         if element[0] in ("", *(e[0] for e in seen)):
             break
         seen.append(element)
+    roles = "nodes => nodes.map((n) => n.getAttribute('role'))"
+    assert page.eval_on_selector_all("[tabindex]", roles) == ["region"]
     ids = [element[0] for element in seen]
     assert all(name and name.strip() for _, name, *_ in seen)
     assert all(outline == "solid" for *_, outline, _ in seen)
@@ -827,6 +1025,30 @@ def test_a_step_can_be_looked_at(open_page, expect):
     expect(page.locator("#look")).to_have_value("200")
     assert page.inner_text("#play") == "Play"
     assert page.inner_text("#where-ours") == last
+
+
+def test_play_goes_on_where_it_was_paused(open_page):
+    page = open_page("#steps=400")
+    page.clock.install()
+    page.clock.pause_at(page.evaluate("Date.now()") + 1000)
+    step = lambda: int(page.input_value("#look"))  # noqa: E731
+
+    page.click("#play")
+    page.clock.run_for(1000)  # of 4000 ms, from the start
+    paused = step()
+    assert 80 <= paused <= 120
+    page.click("#play")
+    page.clock.run_for(1000)
+    assert step() == paused
+    page.click("#play")
+    page.clock.run_for(1000)
+    assert paused + 80 <= step() <= paused + 120
+    page.clock.run_for(3000)
+    assert step() == 400
+    assert page.inner_text("#play") == "Play"
+    page.click("#play")
+    page.clock.run_for(1000)
+    assert 80 <= step() <= 120
 
 
 def test_it_copies_the_call(open_page, expect):

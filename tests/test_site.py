@@ -3,6 +3,7 @@
 import ast
 import html
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -84,10 +85,33 @@ def test_the_site_needs_no_network(site):
         assert not fetched, path
 
 
+def test_the_buttons_of_a_phone_open_what_they_say(site):
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        for sidebar in ("primary", "secondary"):
+            page.goto((site / "parameters.html").as_uri())
+            page.click(f".{sidebar}-toggle:visible")
+            opened = page.locator(f"#pst-{sidebar}-sidebar-modal[open]")
+            playwright.expect(opened).to_be_visible()
+        browser.close()
+
+
+def test_no_page_names_an_author_that_is_not_set(site):
+    for path in pages_of(site):
+        assert "Author name not set" not in path.read_text(), path
+
+
 def test_the_explorer_is_beside_the_page_that_leads_to_it(site, import_example):
     assert "Open the explorer" in (site / "explorer.html").read_text()
     page = (site / "explore.html").read_text(encoding="utf-8")
-    assert page == import_example("explorer").page()
+    assert page == import_example("explorer").page(home="index.html")
 
 
 def test_alternative_texts_keep_their_words(site):

@@ -148,9 +148,10 @@ function pythonCall(s) {
     if (s[name] !== usual) values[name] ??= python(s[name]);
   }
   const named = Object.entries(values).map(([name, value]) => `${name}=${value}`);
+  const raises = refusal(s) ? "# raises ValueError\n" : "";
   const line = `rmsprop(${named.join(", ")})`;
-  if (line.length <= 44) return line;
-  return `rmsprop(\n${named.map((text) => `    ${text},\n`).join("")})`;
+  if (line.length <= 44) return raises + line;
+  return `${raises}rmsprop(\n${named.map((text) => `    ${text},\n`).join("")})`;
 }
 
 function toHash(s) {
@@ -160,19 +161,34 @@ function toHash(s) {
   return given.map((name) => `${name}=${text(s[name])}`).join("&");
 }
 
-// What is not understood, or not allowed, stays at its default.
-function fromHash(text) {
-  const s = { ...DEFAULTS, ...SCENE };
-  for (const part of text.replace(/^#/, "").split("&")) {
-    const [name, value] = part.split("=");
-    if (!Object.hasOwn(s, name) || !value) continue;
-    if (typeof s[name] === "boolean") s[name] = value === "true";
-    else if (name === "schedule") s.schedule = value === "drop" ? "drop" : "constant";
-    else if (name !== "surface") {
-      if (isAllowed(name, Number(value))) s[name] = Number(value);
-    } else if (Object.hasOwn(SURFACES, value)) s.surface = value;
+function decoded(text) {
+  try {
+    return decodeURIComponent(text).trim();
+  } catch {
+    return text; // a percent sign that begins no escape
   }
-  return s;
+}
+
+// The value that a text stands for, or null.
+function valueOf(name, text) {
+  const among = (values) => (values.includes(text) ? text : null);
+  if (name === "surface") return among(Object.keys(SURFACES));
+  if (name === "schedule") return among(["constant", "drop"]);
+  if (name in SLIDERS) return text && isAllowed(name, Number(text)) ? Number(text) : null;
+  return among(["true", "false"]) && text === "true";
+}
+
+// What is not understood, or not allowed, stays at its default and is named.
+function fromHash(hash) {
+  const settings = { ...DEFAULTS, ...SCENE };
+  const ignored = new Set();
+  for (const part of hash.replace(/^#/, "").split("&").filter(Boolean)) {
+    const [name, text = ""] = part.split("=").map(decoded);
+    const value = Object.hasOwn(settings, name) ? valueOf(name, text) : null;
+    if (value === null) ignored.add((name || part).slice(0, 40));
+    else settings[name] = value;
+  }
+  return { settings, ignored: [...ignored] };
 }
 
 // `view` is [left, right, bottom, top]; `noise` the standard deviation of what is added

@@ -25,7 +25,7 @@ const CHOICES = { schedule: ["constant", "drop"] };
 
 const page = {
   language: "en",
-  settings: fromHash(location.hash),
+  ...fromHash(location.hash), // settings, and ignored: the names it could not take
   shown: new Set(NAMES),
   look: null, // a step, or null for the last
   paths: {},
@@ -219,10 +219,24 @@ function rewriteAddress() {
   }
 }
 
+// Other settings altogether, and with them maybe another surface.
+function begin({ settings, ignored = [] }) {
+  page.ignored = ignored;
+  sayIgnored();
+  change(settings);
+  shade();
+}
+
+function sayIgnored() {
+  const names = page.ignored.join(say("list"));
+  $("ignored").textContent = names && say("ignored", { names });
+}
+
 function choosePreset(name) {
   if (name === "own") return showSettings();
   const { surface, steps } = page.settings;
-  return change({ ...DEFAULTS, ...SCENE, surface, steps, ...PRESETS[name] });
+  const settings = { ...DEFAULTS, ...SCENE, surface, steps, ...PRESETS[name] };
+  return begin({ settings });
 }
 
 function compute() {
@@ -240,7 +254,7 @@ function compute() {
     if (!path) page.verdicts[name] = { kind: "refused", why: refused };
     else if (path.end) page.verdicts[name] = { kind: "end", ...path.end };
     else if (name === "ours") page.verdicts[name] = { kind: "own" };
-    else if (refused) page.verdicts[name] = { kind: "alone" };
+    else if (refused) page.verdicts[name] = { kind: "unchecked" };
     else page.verdicts[name] = compare(name, s, page.paths.ours, path, tried);
   }
 }
@@ -361,6 +375,16 @@ function emptied(svg) {
   return [width, height];
 }
 
+// Those that share a place lie around each other, ours within.
+function drawRings(svg, rings) {
+  const drawn = rings.map(({ name, x, y }, i) => {
+    const near = (ring) => Math.hypot(ring.x - x, ring.y - y) < 4;
+    const r = 4.5 + 3.5 * rings.slice(0, i).filter(near).length;
+    return { class: `place ${name}`, cx: x, cy: y, r };
+  });
+  for (const ring of drawn.reverse()) fill(svg, "circle", ring);
+}
+
 function drawMap() {
   const svg = $("path");
   const surface = SURFACES[page.settings.surface];
@@ -374,17 +398,20 @@ function drawMap() {
   ];
   for (const x of ticks(left, right, width / 110)) {
     const [place] = at([x, 0]);
-    if (place < 24 || place > width - 24) continue;
+    if (place < 24 || place > width - 36) continue;
     fill(svg, "path", { class: "now", d: `M${round(place)} ${height}v-5` });
     const label = { x: place, y: height - 9, "text-anchor": "middle" };
     fill(svg, "text", label, brief(x));
   }
   for (const y of ticks(bottom, top, height / 70)) {
     const [, place] = at([0, y]);
-    if (place < 24 || place > height - 24) continue;
+    if (place < 32 || place > height - 24) continue;
     fill(svg, "path", { class: "now", d: `M0 ${round(place)}h5` });
     fill(svg, "text", { x: 9, y: place + 4 }, brief(y));
   }
+  const across = { class: "axis", x: width - 9, y: height - 9, "text-anchor": "end" };
+  fill(svg, "text", across, say("axis.0"));
+  fill(svg, "text", { class: "axis", x: 9, y: 17 }, say("axis.1"));
   if (surface.lowest) {
     const [x, y] = at(surface.lowest);
     fill(svg, "path", { class: "lowest", d: `M${x - 7} ${y}h14M${x} ${y - 7}v14` });
@@ -405,6 +432,7 @@ function drawMap() {
   const [x0, y0] = at(surface.start);
   fill(svg, "circle", { class: "start", cx: x0, cy: y0, r: 6 });
   let row = 0;
+  const rings = [];
   for (const name of shownPaths()) {
     const path = page.paths[name];
     const { step } = placeOf(path);
@@ -419,9 +447,10 @@ function drawMap() {
       fill(svg, "text", label, `${say(`name.${name}`)}: ${what}`);
       row += 1;
     } else {
-      fill(svg, "circle", { class: `place ${name}`, cx: x, cy: y, r: 5 });
+      rings.push({ name, x, y });
     }
   }
+  drawRings(svg, rings);
   const [x, y] = surface.start.map(brief);
   const named = say(`surface.${page.settings.surface}`);
   const text = say("path.text", { surface: named, x, y, all: said.join(" ") });
@@ -501,6 +530,8 @@ function drawChart(id, valuesOf, { log, first, text }) {
     const label = { x: x(mark), y: height - 4, "text-anchor": near ? "end" : "middle" };
     fill(svg, "text", label, String(mark));
   }
+  const named = { x: padLeft - 10, y: height - 4, "text-anchor": "end" };
+  fill(svg, "text", named, say("axis.step"));
 
   const now = round(x(lookedAt()));
   fill(svg, "path", { class: "now", d: `M${now} ${padTop}V${height - padBottom}` });
@@ -586,6 +617,7 @@ function speak(language) {
   }
   document.title = say("title");
   $("copied").textContent = "";
+  sayIgnored();
   showSettings();
   draw();
 }
@@ -593,11 +625,12 @@ function speak(language) {
 let frame = null;
 function play() {
   if (frame !== null) return stop();
-  const begin = performance.now();
   const { steps } = page.settings;
+  const from = lookedAt() < steps ? lookedAt() : 0;
+  const began = performance.now() - (from / steps) * 4000;
   $("play").textContent = say("pause");
   const advance = (time) => {
-    const step = Math.round(((time - begin) / 4000) * steps);
+    const step = Math.round(((time - began) / 4000) * steps);
     page.look = Math.min(Math.max(step, 0), steps);
     draw();
     if (page.look === steps) return stop();
@@ -622,13 +655,31 @@ async function copyCall() {
   }
 }
 
+// On the site, what was chosen there of light and dark holds here as well.
+function keepTheme() {
+  let theme = null;
+  try {
+    theme = localStorage.getItem("mode");
+  } catch {
+    // a page in a sandbox has no storage
+  }
+  if (theme !== "light" && theme !== "dark") return;
+  document.documentElement.style.colorScheme = theme;
+  for (const { media } of document.styleSheets[0].cssRules) {
+    if (!media?.mediaText.includes("prefers-color-scheme")) continue;
+    media.mediaText = theme === "dark" ? "screen" : "not all";
+  }
+}
+
 function start() {
+  if ($("home")) keepTheme();
   buildControls();
   const asked = new URLSearchParams(location.search).get("lang");
   page.chosenLanguage = Object.hasOwn(LABELS, asked) ? asked : null;
   const native = navigator.language.startsWith("zh") ? "zh" : "en";
   compute();
   speak(page.chosenLanguage ?? native);
+  rewriteAddress();
   shade();
 
   $("language").addEventListener("change", () => {
@@ -637,17 +688,13 @@ function start() {
     speak(page.chosenLanguage);
     rewriteAddress();
   });
-  $("preset").addEventListener("change", () => {
-    choosePreset($("preset").value);
-    shade();
-  });
+  $("preset").addEventListener("change", () => choosePreset($("preset").value));
   $("surface").addEventListener("change", () => {
     change({ surface: $("surface").value });
     shade();
   });
   $("reset").addEventListener("click", () => {
-    change({ ...DEFAULTS, ...SCENE });
-    shade();
+    begin({ settings: { ...DEFAULTS, ...SCENE } });
   });
   $("controls").addEventListener("submit", (event) => event.preventDefault());
   $("look").addEventListener("input", () => {
@@ -657,11 +704,12 @@ function start() {
   });
   $("play").addEventListener("click", play);
   $("copy").addEventListener("click", copyCall);
-  window.addEventListener("hashchange", () => {
-    change(fromHash(location.hash));
-    shade();
-  });
+  window.addEventListener("hashchange", () => begin(fromHash(location.hash)));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", shade);
+  matchMedia("print").addEventListener("change", () => {
+    shade();
+    draw();
+  });
   let size = "";
   new ResizeObserver(() => {
     const now = `${$("path").clientWidth} ${$("path").clientHeight}`;
