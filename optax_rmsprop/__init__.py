@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from optax_rmsprop.low_precision import (
         stochastic_apply_updates as stochastic_apply_updates,
     )
+    from optax_rmsprop.optax_port import from_optax as from_optax
     from optax_rmsprop.sharding import check_state_shardings as check_state_shardings
     from optax_rmsprop.sharding import state_shardings as state_shardings
     from optax_rmsprop.torch_port import TorchRun as TorchRun
@@ -46,6 +47,7 @@ _LATER = {
     "stochastic_apply_updates": "low_precision",
     "TorchRun": "torch_port",
     "from_keras": "keras_port",
+    "from_optax": "optax_port",
     "from_torch": "torch_port",
     "from_torch_checkpoint": "torch_port",
     "to_torch": "torch_port",

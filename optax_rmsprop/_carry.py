@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ class Source(NamedTuple):
                     )
                 if not np.isfinite(slots[slot]).all():
                     broken.append(f"{slot} of `{name}`")
-        _report(broken)
+        report(broken)
 
 
 def probe(source: Source, port: Port) -> Correspondence:
@@ -165,7 +166,7 @@ class WayBack:
                     self._slots.append((slot, step, whole, trained))
                 else:
                     self.unstepped |= trained
-        _report(broken)
+        report(broken)
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Parameters and buffers."""
@@ -380,11 +381,16 @@ def _without_masks(tree: Any, params: Any) -> Any:
     )
 
 
-def _report(broken: list[str]) -> None:
-    if broken:
-        warnings.warn(
-            f"carried as it is, with NaN or infinity: {', '.join(broken)}; those "
-            "parameters will not train any more",
-            RuntimeWarning,
-            stacklevel=5,  # whoever called from_torch, say
-        )
+def report(broken: list[str]) -> None:
+    """Warn of slots that are not finite, at the line outside of this package."""
+    if not broken:
+        return
+    package, level, frame = __name__.partition(".")[0], 1, sys._getframe()
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"carried as it is, with NaN or infinity: {', '.join(broken)}; those "
+        "parameters will not train any more",
+        RuntimeWarning,
+        stacklevel=level,
+    )

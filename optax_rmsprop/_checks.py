@@ -1,7 +1,9 @@
 """Errors that name the argument, the rule, the value and the remedy."""
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +13,55 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.tree_util import keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# What frameworks call our arguments, and a dialect that takes that name.
+FOREIGN = {
+    "alpha": ("decay", "torch"),
+    "epsilon": ("eps", "keras"),
+    "eta": ("learning_rate", "optimisers_jl"),
+    "gamma": ("decay", "jax_example_libraries"),
+    "lr": ("learning_rate", "torch"),
+    "rho": ("decay", "keras"),
+    "step_size": ("learning_rate", "jax_example_libraries"),
+    "wc": ("weight_decay", "dqn2015"),
+}
+
+
+def knows_foreign_names(function: Function) -> Function:
+    """Let the error about another framework's argument say what it is called here."""
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs.keys() & FOREIGN.keys():
+            ours, dialect = FOREIGN[name]
+            raise TypeError(
+                f"{function.__name__}() takes no `{name}`, got {kwargs[name]!r}; here "
+                f"it is `{ours}`, and dialects.{dialect} takes `{name}`"
+            )
+        return function(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+# For dialects without maximize, see `dialects/_words.py`.
+ASCEND = "; to ascend give maximize=True"
+
 
 def number(
-    name: str, value: Any, *, high: float = math.inf, zero: bool = True, hint: str = ""
+    name: str,
+    value: Any,
+    *,
+    high: float = math.inf,
+    zero: bool = True,
+    hint: str = "",
+    below_0: str = "",
 ) -> ArrayLike:
     """Check a scalar hyperparameter against [0, high), or (0, high) unless `zero`.
 
     Python and NumPy numbers come back as `float`, which promotes no dtype. JAX arrays
     come back as floating-point arrays; their value is checked unless it is traced.
+    `hint` ends every error about it, `below_0` that about a negative number.
     """
     rule = f"`{name}` must be a number in {'[' if zero else '('}0, {high:g})"
     numeric = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
@@ -46,7 +89,8 @@ def number(
     if known is not None:
         within = 0 <= known < high if zero else 0 < known < high
         if not within:
-            raise ValueError(f"{rule}, got {known:g}{hint}")
+            why = below_0 if known < 0 else ""
+            raise ValueError(f"{rule}, got {known:g}{hint}{why}")
         if known > float(jnp.finfo(jnp.float32).max):
             raise ValueError(f"{rule}, got {known}, which is infinite in float32")
     return value
@@ -143,26 +187,53 @@ def stored_as(name: str, leaf: Any, dtype: np.dtype, path: Any) -> None:
         )
 
 
-def mask(name: str, tree: Any) -> None:
-    """Check a mask: None, a function, or a tree of booleans, but not one alone."""
-    for path, leaf in tree_flatten_with_path(tree)[0]:
-        is_mask = isinstance(leaf, bool | np.bool_) if path else callable(leaf)
-        if not is_mask:
+def mask(name: str, value: Any) -> Callable[[Any], Any] | None:
+    """Check a mask: None, a function, or a tree of booleans, but not one alone.
+
+    A tree comes back as the function that returns it: a tree of booleans in the form of
+    an Equinox model is callable, and optax would call it.
+    """
+    leaves = tree_flatten_with_path(value)[0]
+    # `jax.tree_util.Partial` is a tree without leaves, and a function.
+    if callable(value) and all(path == () for path, _ in leaves):
+        return value
+    for path, leaf in leaves:
+        if path == () or not isinstance(leaf, bool | np.bool_):
             raise TypeError(
                 f"`{name}` must be a function or a tree of True and False, got {leaf} "
                 f"at {_at(path)}" + _INJECTED.format(name)
             )
+    return None if value is None else lambda params: value
 
 
 def inexact(name: str, leaf: Any, path: Any, *, remedy: str, real: bool) -> None:
     """Check that a leaf is floating point or, unless `real`, complex."""
-    kind = jnp.floating if real else jnp.inexact
-    if jnp.issubdtype(jnp.result_type(leaf), kind):
+    dtype, kind = dtype_of(leaf), jnp.floating if real else jnp.inexact
+    if dtype is not None and jnp.issubdtype(dtype, kind):
         return
+    if dtype == jax.dtypes.float0:
+        dtype = "float0"
+        remedy = "the gradient of an integer: give None in its place"
     raise TypeError(
         f"`{name}` must be floating point{'' if real else ' or complex'}, got "
-        f"{jnp.result_type(leaf)} at {_at(path)}; {remedy}"
+        f"{_kind(leaf) if dtype is None else dtype} at {_at(path)}; {remedy}"
     )
+
+
+def dtype_of(leaf: Any) -> Any:
+    """The dtype of a number or an array, in JAX; None for anything else.
+
+    `jnp.result_type` alone takes the string "float32" and the class `float` for dtypes,
+    and does not know float0.
+    """
+    if getattr(leaf, "dtype", None) == jax.dtypes.float0:
+        return jax.dtypes.float0
+    if isinstance(leaf, str | type | np.dtype):
+        return None
+    try:
+        return jnp.result_type(leaf)
+    except TypeError:
+        return None
 
 
 def not_integer(name: str, leaf: Any, path: Any) -> None:
@@ -179,36 +250,63 @@ def params(tree: Any) -> None:
     """Check that every parameter is floating point or complex."""
     remedy = "leave such leaves out with optax.masked"
     for path, leaf in tree_flatten_with_path(tree)[0]:
+        if dtype_of(leaf) is None:
+            remedy += ", or init with equinox.filter(model, equinox.is_inexact_array)"
         inexact("params", leaf, path, remedy=remedy, real=False)
 
 
 def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
     """Check that two trees agree in structure, shapes and in what is real.
 
-    A given leaf may be None, or real where a complex one is expected.
+    A given leaf may be real where a complex one is expected, or None: then anything may
+    be expected there, a whole tree too.
     """
     given_leaves, given_tree = _by_path(given)
     leaves, tree = _by_path(expected)
-    in_both = [path for path in given_leaves if path in leaves]
+    found = {path: leaf for path, leaf in given_leaves.items() if leaf is not None}
+    absent = given_leaves.keys() - found.keys()
+    if absent:
+        prefixes = {path: {path[:i] for i in range(len(path) + 1)} for path in leaves}
+        leaves = {path: leaves[path] for path in leaves if not prefixes[path] & absent}
     problems = []
-    for path in in_both:
-        leaf, expected_leaf = given_leaves[path], leaves[path]
-        if leaf is not None and expected_leaf is not None:
-            real = not jnp.iscomplexobj(expected_leaf)
-            inexact(name, leaf, path, remedy=f"compare with {like}", real=real)
-            shape, expected_shape = np.shape(leaf), np.shape(expected_leaf)
-            if shape != expected_shape:
-                problems.append(
-                    f"{_at(path)} has shape {shape}, expected {expected_shape}"
-                )
-    problems += _other_paths(given_leaves, leaves)
-    if not problems and given_tree != tree:
+    for path, leaf in found.items():
+        if path not in leaves:
+            continue
+        of_leaf = leaves[path]
+        if dtype_of(of_leaf) is None:
+            problems.append(f"{_at(path)} is {_kind(leaf)}, expected {_kind(of_leaf)}")
+            continue
+        real = not jnp.iscomplexobj(of_leaf)
+        inexact(name, leaf, path, remedy=f"compare with {like}", real=real)
+        if np.shape(leaf) != np.shape(of_leaf):
+            problems.append(
+                f"{_at(path)} has shape {np.shape(leaf)}, expected {np.shape(of_leaf)}"
+            )
+    problems += _other_paths(found, leaves)
+    if not problems and not fits(given_tree, expected):
         problems.append(f"got {given_tree}, expected {tree}")
     if problems:
         raise ValueError(
             f"`{name}` must have the structure and shapes of {like}: "
             + "; ".join(problems)
         )
+
+
+def belong(updates: Any, params: Any, *slots: Any) -> None:
+    """Check that gradients, parameters (unless None) and slots belong together."""
+    for slot in slots:
+        same_tree("updates", updates, "the parameters given to init", slot)
+    if params is not None:
+        same_tree("updates", updates, "`params`", params)
+
+
+def fits(structure: Any, tree: Any) -> bool:
+    """Whether a structure is that of a tree, or a prefix of it."""
+    try:
+        structure.flatten_up_to(tree)
+    except ValueError:
+        return False
+    return True
 
 
 def on_one_mesh(name: str, tree: Any) -> Mesh | AbstractMesh:
@@ -311,7 +409,10 @@ def _sharding_of(leaf: Any) -> Any:
 
 
 def _kind(leaf: Any) -> str:
-    return "a traced array" if isinstance(leaf, Tracer) else f"a {type(leaf).__name__}"
+    if leaf is None:
+        return "None"
+    kind = "traced array" if isinstance(leaf, Tracer) else type(leaf).__name__
+    return f"a{'n' * (kind[0] in 'aeiouAEIOU')} {kind}"
 
 
 def _place(sharding: Any) -> str:
@@ -342,16 +443,24 @@ def _by_path(tree: Any) -> tuple[dict[Any, Any], Any]:
 
 
 def same_state(state: Any, expected: Any) -> None:
-    """Check that a state is of the expected type, or of the types of another state."""
-    got, wanted = _type_names(state), _type_names(expected)
-    if got != wanted:
+    """Check that a state is of the expected types, as from `state_types`."""
+    got = state_types(state)
+    if got != expected:
         raise ValueError(
-            f"`state` must come from this transform's own init: expected {wanted}, got "
-            f"{got}; call init again after changing an option"
+            f"`state` must come from this transform's own init: expected "
+            f"{_names(expected)}, got {_names(got)}; call init again after changing an "
+            "option; from_optax carries a state of optax's own RMSprop over"
         )
 
 
-def _type_names(state: Any) -> str:
-    if type(state) is tuple:
-        return f"({', '.join(map(_type_names, state))})"
-    return (state if isinstance(state, type) else type(state)).__name__
+def state_types(state: Any) -> Any:
+    """The type of a state; of a chain's state, a tuple of those of its parts."""
+    return tuple(map(state_types, state)) if type(state) is tuple else type(state)
+
+
+def _names(types: Any) -> str:
+    """Types by their package, since optax has states of the same names."""
+    if isinstance(types, tuple):
+        return f"({', '.join(map(_names, types))})"
+    package = types.__module__.partition(".")[0]
+    return types.__name__ if package == "builtins" else f"{package}.{types.__name__}"

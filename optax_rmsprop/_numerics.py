@@ -80,6 +80,14 @@ def accumulator_dtype_of(leaf: ArrayLike, real: DTypeLike | None = None) -> np.d
     return np.result_type(real, np.complex64) if is_complex else np.dtype(real)
 
 
+def update_dtype_of(g: ArrayLike, p: ArrayLike | None = None) -> np.dtype:
+    """The dtype of an update: the gradient's, or one that holds the parameter's too."""
+    dtype = jnp.result_type(g)
+    if p is None or jnp.result_type(p) == dtype:
+        return dtype
+    return np.result_type(accumulator_dtype_of(g), accumulator_dtype_of(p))
+
+
 def cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """Convert to `dtype`, holding finite values within its range; infinity is NaN."""
     x = jnp.asarray(x)

@@ -30,6 +30,7 @@ class Diagnosis(NamedTuple):
     saturation: optax.Updates
 
 
+@_checks.knows_foreign_names
 def diagnose(
     opt_state: optax.OptState,
     learning_rate: optax.ScalarOrSchedule = 1e-2,

@@ -241,7 +241,8 @@ def stochastic_apply_updates(
     Args:
       params: the parameters.
       updates: what a transformation's update returned for them, in any floating dtype:
-        the same structure and shapes, or None where a parameter stays as it is.
+        the same structure and shapes, or None where a parameter, which may then be
+        anything, stays as it is.
       key: a JAX PRNG key, a new one for every step: the same key rounds every step the
         same way. `jax.random.fold_in(key, step)` makes one.
 
@@ -268,18 +269,20 @@ def stochastic_apply_updates(
     """
     _checks.prng_key("key", key)
     _checks.same_tree("updates", updates, "`params`", params)
-    leaves = jax.tree.leaves(params)
-    treedef: Any = jax.tree.structure(params)
-    words = random_words(key, [np.shape(p) for p in leaves])
+    structure: Any
+    leaves, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
+    words = random_words(key, [(0,) if u is None else np.shape(u) for u in leaves])
 
     def leaf(p: Any, u: Any, its_words: list[jax.Array]) -> Any:
-        if u is None or jnp.result_type(p) not in (jnp.bfloat16, jnp.float16):
-            return optax.apply_updates(p, jnp.zeros_like(p) if u is None else u)
+        if u is None:
+            return p
+        if jnp.result_type(p) not in (jnp.bfloat16, jnp.float16):
+            return optax.apply_updates(p, u)
         exact = jnp.asarray(p, jnp.float32) + jnp.asarray(u, jnp.float32)
         return stochastic_round(exact, p.dtype, its_words)
 
-    rows = zip(leaves, treedef.flatten_up_to(updates), words, strict=True)
-    return treedef.unflatten(leaf(*row) for row in rows)
+    rows = zip(structure.flatten_up_to(params), leaves, words, strict=True)
+    return structure.unflatten(leaf(*row) for row in rows)
 
 
 def _compress(

@@ -1,6 +1,5 @@
 """RMSprop: the averaging transforms, momentum and weight decay in one chain."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,16 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_rmsprop import _checks
-from optax_rmsprop._numerics import accumulator_dtype_of, cast, product
+from optax_rmsprop._numerics import (
+    accumulator_dtype_of,
+    cast,
+    product,
+    update_dtype_of,
+)
 from optax_rmsprop.transforms import scale_by_rms, scale_by_stddev
 
 
+@_checks.knows_foreign_names
 def rmsprop(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     decay: ArrayLike = 0.99,
@@ -69,6 +74,8 @@ def rmsprop(
         do.
       weight_decay_mask: a tree of booleans with the parameters' structure or a prefix
         of it, or a function from the parameters to one; weights decay where it is True.
+        The function gets the parameters that have a gradient, as they are, and None for
+        the others.
         With `optax.inject_hyperparams`, name it (and accumulator_dtype) in static_args.
       initial_scale: average before the first update, in [0, ∞); 1 in TensorFlow 1 and
         timm's RMSpropTF.
@@ -83,10 +90,13 @@ def rmsprop(
         default that of the parameter, but at least float32.
 
     Returns:
-      A transformation whose updates keep the gradient's shape and dtype, for
-      `optax.apply_updates`. Its state is that of an `optax.chain`; read it with
-      `optax.tree.get(state, "nu")`, or "mu", "var", "trace". Parameters must be passed
-      to update where weight_decay is used.
+      A transformation whose updates are for `optax.apply_updates`. They have the
+      gradient's shape. Their dtype is the gradient's; where update is given parameters
+      of another dtype, it is float32, or the wider of the two. Parameters must be given
+      to update where weight_decay is used. Where a gradient is None, so is the update,
+      the state stays as it is, and the parameter is not read: it may be anything.
+      The state is that of an `optax.chain`; read it with `optax.tree.get(state, "nu")`,
+      or "mu", "var", "trace".
 
     Raises:
       TypeError: a number or option of the wrong kind; parameters that are not floating
@@ -118,7 +128,9 @@ def rmsprop(
       Hinton, Neural Networks for Machine Learning, lecture 6e, 2012.
     """
     if not callable(learning_rate):
-        learning_rate = _checks.number("learning_rate", learning_rate)
+        learning_rate = _checks.number(
+            "learning_rate", learning_rate, below_0=_checks.ASCEND
+        )
     momentum = _checks.number("momentum", 0.0 if momentum is None else momentum, high=1)
     if not callable(weight_decay):
         weight_decay = _checks.number(
@@ -131,7 +143,7 @@ def rmsprop(
         lr_in_momentum=lr_in_momentum,
         maximize=maximize,
     )
-    _checks.mask("weight_decay_mask", weight_decay_mask)
+    mask = _checks.mask("weight_decay_mask", weight_decay_mask)
     has_momentum, decays = (
         not _checks.is_off(momentum),
         not _checks.is_off(weight_decay),
@@ -148,7 +160,9 @@ def rmsprop(
         accumulator_dtype=accumulator_dtype,
     )
 
-    def chain(mask: Any) -> optax.GradientTransformationExtraArgs:
+    def chain(
+        mask: Callable[[optax.Params], Any] | None,
+    ) -> optax.GradientTransformationExtraArgs:
         transforms = []
         if maximize:
             transforms.append(optax.scale(-1.0))
@@ -172,37 +186,27 @@ def rmsprop(
             transforms.append(optax.scale_by_learning_rate(learning_rate))
         return optax.chain(*transforms)
 
-    # Only its types matter, and a user's mask cannot be called on an empty tree.
-    any_mask = None if weight_decay_mask is None else lambda tree: tree
-    example_state = functools.cache(lambda: jax.eval_shape(chain(any_mask).init, ()))
+    state_types: Any = None
 
     def check(updates: optax.Updates, state: Any, params: optax.Params | None) -> None:
-        _checks.same_state(state, example_state())
-        for part in state:
-            if isinstance(part, optax.TraceState):
-                like = "the parameters given to init"
-                _checks.same_tree("updates", updates, like, part.trace)
+        nonlocal state_types
+        if state_types is None:  # no array is made before the first update
+            any_mask = mask and (lambda tree: tree)
+            example = jax.eval_shape(chain(any_mask).init, ())
+            state_types = _checks.state_types(example)
+        _checks.same_state(state, state_types)
         if decays and params is None:
             raise ValueError(
                 "`params` must be given to update for weight_decay, got None; call "
                 "update(grads, state, params)"
             )
-        if decays:
-            _checks.same_tree("updates", updates, "`params`", params)
-
-    return _accumulating(chain(weight_decay_mask), check, accumulator_dtype)
-
-
-def _accumulating(
-    tx: optax.GradientTransformationExtraArgs,
-    check: Callable[[optax.Updates, optax.OptState, optax.Params | None], None],
-    accumulator_dtype: DTypeLike | None,
-) -> optax.GradientTransformationExtraArgs:
-    """Run a chain in the dtype of its accumulators, between gradients of any dtype.
-
-    The state keeps its structure and dtypes, whatever the gradients' dtypes are and
-    where a gradient is None. By itself optax.trace would keep neither.
-    """
+        slots = [
+            slot
+            for part in state
+            for name, slot in part._asdict().items()
+            if name in ("nu", "mu", "var", "trace")
+        ]
+        _checks.belong(updates, params, *slots)
 
     def wide(leaf: Any) -> jax.Array:
         return cast(leaf, accumulator_dtype_of(leaf, accumulator_dtype))
@@ -211,8 +215,11 @@ def _accumulating(
         return wide(slot) if jnp.issubdtype(slot.dtype, jnp.inexact) else slot
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        return jax.tree.map(wide_slot, tx.init(params))
+        return jax.tree.map(wide_slot, chain(mask).init(params))
 
+    # The chain runs in the dtype of its accumulators, between gradients of any dtype.
+    # The state keeps its structure and dtypes, whatever the gradients' dtypes are and
+    # where a gradient is None. By itself optax.trace would keep neither.
     def update_fn(
         updates: optax.Updates,
         state: optax.OptState,
@@ -220,18 +227,28 @@ def _accumulating(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         check(updates, state, params)
+        if params is not None:
+            # What has no gradient may be anything, and is not looked at.
+            params = _map(lambda g, p: None if g is None else p, updates, params)
+        # optax calls a mask with the wide gradients. The user's is for parameters.
+        tx = chain(mask and (lambda _: mask(params)))
         wide_updates, new_state = tx.update(
             jax.tree.map(wide, updates), state, jax.tree.map(wide, params), **extra_args
         )
-        new_updates = jax.tree.map(
-            lambda u, g: cast(u, jnp.result_type(g)), wide_updates, updates
-        )
-        new_state = jax.tree.map(
+        new_state = _map(
             lambda new, old: old if new is None else cast(new, jnp.result_type(old)),
             new_state,
             state,
-            is_leaf=lambda x: x is None,
+        )
+        trees = (updates,) if params is None else (updates, params)
+        new_updates = jax.tree.map(
+            lambda u, *leaves: cast(u, update_dtype_of(*leaves)), wide_updates, *trees
         )
         return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _map(function: Callable[..., Any], *trees: Any) -> Any:
+    """`jax.tree.map`, where the first tree may have None for any leaf or tree."""
+    return jax.tree.map(function, *trees, is_leaf=lambda x: x is None)

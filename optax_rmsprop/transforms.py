@@ -33,6 +33,7 @@ from optax_rmsprop._numerics import (
     clip,
     divide,
     largest,
+    update_dtype_of,
 )
 
 
@@ -90,6 +91,7 @@ def _next_var(
     return d * var + a / above_0 * cap(deviation * deviation, above_0)
 
 
+@_checks.knows_foreign_names
 def scale_by_rms(
     decay: ArrayLike = 0.99,
     eps: ArrayLike = 1e-8,
@@ -123,8 +125,10 @@ def scale_by_rms(
         that of the parameter, but at least float32.
 
     Returns:
-      A transformation whose state is `ScaleByRmsState`. Updates keep the gradient's
-      shape and dtype. A gradient that is None leaves its part of the state as it is.
+      A transformation whose state is `ScaleByRmsState`. Updates have the gradient's
+      shape. Their dtype is the gradient's; where update is given parameters of another
+      dtype, it is float32, or the wider of the two. A gradient that is None leaves its
+      part of the state as it is, and its parameter unread.
 
     Raises:
       TypeError: a number or option of the wrong kind; parameters that are not floating
@@ -159,18 +163,18 @@ def scale_by_rms(
     def update_fn(
         updates: optax.Updates, state: ScaleByRmsState, params: Any = None
     ) -> tuple[optax.Updates, ScaleByRmsState]:
-        del params
         _checks.same_state(state, ScaleByRmsState)
-        _checks.same_tree("updates", updates, "the parameters given to init", state.nu)
+        _checks.belong(updates, params, state.nu)
         count = optax.safe_increment(state.count)
         weights = _averaging_weights(decay, count, bias_correction)
         nu = _advance(_next_nu, weights, state.nu, updates)
-        updates = _rescale(updates, nu, eps, eps_in_sqrt)
+        updates = _rescale(updates, params, nu, eps, eps_in_sqrt)
         return updates, ScaleByRmsState(count, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+@_checks.knows_foreign_names
 def scale_by_stddev(
     decay: ArrayLike = 0.99,
     eps: ArrayLike = 1e-8,
@@ -207,8 +211,8 @@ def scale_by_stddev(
         By default that of the parameter, but at least float32.
 
     Returns:
-      A transformation whose state is `ScaleByStddevState`. Updates keep the gradient's
-      shape and dtype. A gradient that is None leaves its part of the state as it is.
+      A transformation whose state is `ScaleByStddevState`. Its updates are as those of
+      `scale_by_rms`, also where a gradient is None.
 
     Raises:
       TypeError, ValueError: as `scale_by_rms`.
@@ -244,15 +248,13 @@ def scale_by_stddev(
     def update_fn(
         updates: optax.Updates, state: ScaleByStddevState, params: Any = None
     ) -> tuple[optax.Updates, ScaleByStddevState]:
-        del params
         _checks.same_state(state, ScaleByStddevState)
-        for slot in (state.mu, state.var):
-            _checks.same_tree("updates", updates, "the parameters given to init", slot)
+        _checks.belong(updates, params, state.mu, state.var)
         count = optax.safe_increment(state.count)
         weights = _averaging_weights(decay, count, bias_correction)
         mu = _advance(_next_mu, weights, state.mu, updates)
         var = _advance(_next_var, weights, state.var, updates, mu)
-        updates = _rescale(updates, var, eps, eps_in_sqrt)
+        updates = _rescale(updates, params, var, eps, eps_in_sqrt)
         return updates, ScaleByStddevState(count, mu, var)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -330,14 +332,21 @@ def _advance(
 
 
 def _rescale(
-    updates: optax.Updates, moment: optax.Updates, eps: ArrayLike, eps_in_sqrt: bool
+    updates: optax.Updates,
+    params: optax.Params | None,
+    moment: optax.Updates,
+    eps: ArrayLike,
+    eps_in_sqrt: bool,
 ) -> optax.Updates:
-    """Divide every gradient by its denominator, and keep its dtype."""
+    """Divide every gradient by its denominator."""
 
-    def leaf(g: Any, moment: jax.Array) -> jax.Array | None:
-        return None if g is None else _rescale_leaf(g, moment, eps, eps_in_sqrt)
+    def leaf(g: Any, moment: jax.Array, p: Any = None) -> jax.Array | None:
+        if g is None:
+            return None
+        return _rescale_leaf(g, moment, eps, eps_in_sqrt, update_dtype_of(g, p))
 
-    return jax.tree.map(leaf, updates, moment, is_leaf=lambda x: x is None)
+    trees = (updates, moment) if params is None else (updates, moment, params)
+    return jax.tree.map(leaf, *trees, is_leaf=lambda x: x is None)
 
 
 # Compiled by themselves where update is not: one call a leaf instead of a dozen. Under
@@ -358,9 +367,13 @@ def _advance_leaf(
     )
 
 
-@functools.partial(jax.jit, static_argnums=3, inline=True)
+@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
 def _rescale_leaf(
-    g: jax.Array, moment: jax.Array, eps: ArrayLike, eps_in_sqrt: bool
+    g: jax.Array,
+    moment: jax.Array,
+    eps: ArrayLike,
+    eps_in_sqrt: bool,
+    dtype: DTypeLike,
 ) -> jax.Array:
     quotient = functools.partial(divide, eps=eps, eps_in_sqrt=eps_in_sqrt)
-    return cast(by_parts(quotient, cast(g, moment.dtype), moment), g.dtype)
+    return cast(by_parts(quotient, cast(g, moment.dtype), moment), dtype)

@@ -10,6 +10,10 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from optax_rmsprop import _checks
+
+_ASCEND = "; to ascend put optax.scale(-1.0) before this in an optax.chain"
+
 Dialect = TypeVar("Dialect", bound=Callable[..., Any])
 
 
@@ -25,6 +29,8 @@ def speaks(**names: str) -> Callable[[Dialect], Dialect]:
 
         def translated(message: str) -> str:
             message = message.replace(" (torch calls it alpha)", "")
+            if "maximize" not in inspect.signature(dialect).parameters:
+                message = message.replace(_checks.ASCEND, _ASCEND)
             return re.sub(r"`(\w+)`", lambda m: f"`{names.get(m[1], m[1])}`", message)
 
         @functools.wraps(dialect)
