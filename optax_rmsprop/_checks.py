@@ -223,12 +223,12 @@ def inexact(name: str, leaf: Any, path: Any, *, remedy: str, real: bool) -> None
 def dtype_of(leaf: Any) -> Any:
     """The dtype of a number or an array, in JAX; None for anything else.
 
-    `jnp.result_type` alone takes the string "float32" and the class `float` for dtypes,
-    and does not know float0.
+    `jnp.result_type` alone takes the string "float32", the class `float` and None for
+    dtypes, and does not know float0.
     """
     if getattr(leaf, "dtype", None) == jax.dtypes.float0:
         return jax.dtypes.float0
-    if isinstance(leaf, str | type | np.dtype):
+    if leaf is None or isinstance(leaf, str | type | np.dtype):
         return None
     try:
         return jnp.result_type(leaf)

@@ -137,9 +137,9 @@ def _check_source(opt_state: optax.OptState, expected: optax.OptState) -> None:
     if structures[0] == structures[1] and got == wanted:
         return
     problem = f"got {structures[0]}, expected {structures[1]}"
-    for path in wanted.keys() & got.keys():
-        if got[path] != wanted[path]:
-            problem = f"got {got[path]} at {keystr(path)}, expected {wanted[path]}"
+    differing = [path for path in wanted if got.get(path, wanted[path]) != wanted[path]]
+    for path in differing[:1]:
+        problem = f"got {got[path]} at {keystr(path)}, expected {wanted[path]}"
     raise ValueError(
         f"`opt_state` must be a state of `source` for these parameters, {problem}; "
         "give the transformation that made it"

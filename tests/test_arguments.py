@@ -1,12 +1,23 @@
 """Bad input: an error that names the argument, the rule, the value and the remedy."""
 
+import inspect
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from optax_rmsprop import rmsprop, scale_by_rms, scale_by_stddev
+from optax_rmsprop import (
+    compress_state,
+    diagnose,
+    dialects,
+    rmsprop,
+    scale_by_rms,
+    scale_by_stddev,
+)
+from optax_rmsprop._checks import FOREIGN
 
 # Arguments, error, what its text must match.
 BAD = [
@@ -62,8 +73,41 @@ BAD = [
     ),
     ({"weight_decay_mask": {"w": 1}}, TypeError, r"mask` .* got 1 at \['w'\]"),
     ({"weight_decay_mask": jnp.array(True)}, TypeError, r"mask` .* static_args"),
-    ({"alpha": 0.9}, TypeError, r"alpha"),
+    ({"lr": 0.1}, TypeError, r"rmsprop\(\) takes no `lr`, got 0\.1; here it is `learn"),
+    ({"warmth": 1}, TypeError, r"rmsprop\(\) got an unexpected .* 'warmth'"),
 ]
+
+
+@pytest.mark.parametrize("function", [rmsprop, scale_by_rms, scale_by_stddev, diagnose])
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_a_foreign_name_is_told_ours_and_its_dialect(function, foreign):
+    ours, dialect = FOREIGN[foreign]
+    with pytest.raises(TypeError) as error:
+        function(**{foreign: 0.5})
+    remedy = f"here it is `{ours}`, and dialects.{dialect} takes `{foreign}`"
+    assert (
+        str(error.value)
+        == f"{function.__name__}() takes no `{foreign}`, got 0.5; {remedy}"
+    )
+    assert foreign in inspect.signature(getattr(dialects, dialect)).parameters
+    assert ours in inspect.signature(rmsprop).parameters
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (rmsprop, "give maximize=True"),
+        (dialects.torch, "give maximize=True"),
+        (dialects.keras, "put optax.scale(-1.0) before this in an optax.chain"),
+    ],
+    ids=["rmsprop", "torch", "keras"],
+)
+def test_a_negative_learning_rate_is_told_how_to_ascend(make, remedy):
+    for rate in (-0.1, jnp.float32(-0.5)):
+        with pytest.raises(
+            ValueError, match=rf"got -0\.\d; to ascend {re.escape(remedy)}$"
+        ):
+            make(rate)
 
 
 def row_id(row):
@@ -142,7 +186,9 @@ def test_none_is_0():
 TRANSFORMS = {
     "scale_by_rms": scale_by_rms(),
     "scale_by_stddev": scale_by_stddev(),
-    "rmsprop": rmsprop(momentum=0.9),
+    "rmsprop": rmsprop(),
+    "momentum": rmsprop(momentum=0.9),
+    "compressed": compress_state(rmsprop(), "uint8"),
 }
 PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 
@@ -192,6 +238,28 @@ def test_gradients_of_another_kind(name, dtype):
     text = rf"`updates` must be floating point, got {dtype} at \['b'\]; compare with"
     with pytest.raises(TypeError, match=text):
         tx.update(bad, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_the_gradient_of_an_integer(name):
+    tx = TRANSFORMS[name]
+    bad = PARAMS | {"b": np.zeros(3, jax.dtypes.float0)}
+    with pytest.raises(TypeError, match=r"got float0 at \['b'\]; .* give None in"):
+        tx.update(bad, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_parameters_that_do_not_match_the_gradients(name):
+    tx = TRANSFORMS[name]
+    state = tx.init(PARAMS)
+    for params, text in [
+        ({"w": PARAMS["w"]}, r"unexpected \['b'\]"),
+        (PARAMS | {"b": jnp.ones(4)}, r"\['b'\] has shape \(3,\), expected \(4,\)"),
+        (PARAMS | {"b": None}, r"\['b'\] is an? .*, expected None"),
+        (PARAMS | {"b": "float32"}, r"\['b'\] is an? .*, expected a str"),
+    ]:
+        with pytest.raises(ValueError, match=r"`updates` must .* of `params`: " + text):
+            tx.update(PARAMS, state, params)
 
 
 def test_containers_that_do_not_match():
@@ -265,6 +333,22 @@ def test_a_state_from_another_configuration(here, there):
             tx.update(PARAMS, state, PARAMS)
 
 
+OF_OPTAX = {
+    "scale_by_rms": optax.scale_by_rms(),
+    "scale_by_stddev": optax.scale_by_stddev(),
+    "rmsprop": optax.rmsprop(0.1),
+    "momentum": optax.rmsprop(0.1, momentum=0.9),
+    "compressed": optax.rmsprop(0.1),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_state_of_optax_is_told_apart_from_ours(name):
+    says = r"`state` .* expected .*optax_rmsprop\.\w+.*, got .*optax\.\w+.* from_optax"
+    with pytest.raises(ValueError, match=says):
+        TRANSFORMS[name].update(PARAMS, OF_OPTAX[name].init(PARAMS))
+
+
 @pytest.mark.parametrize("name", ["scale_by_rms", "scale_by_stddev"])
 @pytest.mark.parametrize("state", [optax.EmptyState(), (), None])
 def test_a_foreign_state_for_a_transform(name, state):
@@ -278,6 +362,14 @@ def test_a_foreign_state_for_a_transform(name, state):
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
 def test_parameters_that_are_not_floating_point(name, dtype):
     params = {"layer": [jnp.ones(2), jnp.ones(2, dtype)]}
-    text = rf"`params` .* got {dtype} at \['layer'\]\[1\]; .* optax\.masked"
+    text = rf"`params` .* got {dtype} at \['layer'\]\[1\]; .* optax\.masked$"
     with pytest.raises(TypeError, match=text):
         TRANSFORMS[name].init(params)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("leaf", [jnp.tanh, "float32", float, np.dtype("float32")])
+def test_parameters_that_are_no_arrays(name, leaf):
+    text = r"`params` .* got an? \w+ at \['f'\]; .*optax\.masked, or .*equinox\.filter"
+    with pytest.raises(TypeError, match=text):
+        TRANSFORMS[name].init({"f": leaf})

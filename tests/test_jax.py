@@ -94,20 +94,33 @@ def test_eager_equals_jit(options):
     assert kinds((history, state)) == kinds(expected)
 
 
-# Parameters, gradients, averages, and the rounding of an update.
+# Parameters, gradients, averages, and updates.
 DTYPES = [
-    ("float16", "float16", "float32", 1e-3),  # observed: 4e-4
-    ("bfloat16", "bfloat16", "float32", 8e-3),  # observed: 4e-3
-    ("float32", "float32", "float32", 4e-6),  # observed: 4e-7
-    ("float64", "float64", "float64", 1e-14),  # observed: 0
-    ("complex64", "complex64", "complex64", 4e-6),  # observed: 8e-7
-    ("complex128", "complex128", "complex128", 1e-14),  # observed: 2e-15
-    ("bfloat16", "float32", "float32", 4e-6),  # observed: 4e-7
-    ("float32", "bfloat16", "float32", 8e-3),  # observed: 4e-3
-    ("float32", "float64", "float32", 4e-6),  # observed: 6e-7
-    ("float64", "float32", "float64", 4e-6),  # observed: 1e-7
-    ("complex128", "complex64", "complex128", 4e-6),  # observed: 1e-7
+    ("float16", "float16", "float32", "float16"),
+    ("float16", "bfloat16", "float32", "float32"),
+    ("float16", "float32", "float32", "float32"),
+    ("bfloat16", "float16", "float32", "float32"),
+    ("bfloat16", "bfloat16", "float32", "bfloat16"),
+    ("bfloat16", "float32", "float32", "float32"),
+    ("float32", "float16", "float32", "float32"),
+    ("float32", "bfloat16", "float32", "float32"),
+    ("float32", "float32", "float32", "float32"),
+    ("float32", "float64", "float32", "float64"),
+    ("float64", "float32", "float64", "float64"),
+    ("float64", "float64", "float64", "float64"),
+    ("complex64", "complex64", "complex64", "complex64"),
+    ("complex128", "complex64", "complex128", "complex128"),
+    ("complex128", "complex128", "complex128", "complex128"),
 ]
+# An update is made in the dtype of the averages and rounded to its own.
+ROUNDING = {
+    "float16": 1e-3,  # observed: 4e-4
+    "bfloat16": 8e-3,  # observed: 4e-3
+    "float32": 4e-6,  # observed: 6e-7
+    "float64": 1e-14,  # observed: 0
+    "complex64": 4e-6,  # observed: 8e-7
+    "complex128": 1e-14,  # observed: 2e-15
+}
 
 
 def exact_parts(tree):
@@ -120,14 +133,15 @@ def exact_parts(tree):
 
 
 @pytest.mark.parametrize(
-    ("of_params", "of_gradients", "of_state", "rounding"),
+    ("of_params", "of_gradients", "of_state", "of_updates"),
     DTYPES,
     ids=[f"{params} {gradients}" for params, gradients, _, _ in DTYPES],
 )
 @pytest.mark.parametrize("case", ["everything", "everything_centered"])
 @pytest.mark.usefixtures("x64")
-def test_dtypes_stay(case, of_params, of_gradients, of_state, rounding):
+def test_dtypes(case, of_params, of_gradients, of_state, of_updates):
     tx = rmsprop(**CASES[case])
+    rounding = max(ROUNDING[of_state], ROUNDING[of_updates])
     params, gradients, _ = problem(STEPS, np.result_type(of_state, "float32"))
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, of_params), params)
     gradients = jax.tree.map(lambda leaf: jnp.asarray(leaf, of_gradients), gradients)
@@ -140,7 +154,9 @@ def test_dtypes_stay(case, of_params, of_gradients, of_state, rounding):
     for g in by_step(gradients):
         with jax.numpy_dtype_promotion(promotion):
             updates, state = update(g, state, params)
-        assert kinds(updates) == kinds(g)
+        assert kinds(updates) == kinds(
+            jax.tree.map(lambda p: p.astype(of_updates), params)
+        )
         assert kinds(state) == kinds_at_first
         exact, exact_state = update(exact_parts(g), exact_state, exact_params)
         chex.assert_trees_all_close(
@@ -148,6 +164,58 @@ def test_dtypes_stay(case, of_params, of_gradients, of_state, rounding):
         )
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(averages(state))}
     assert dtypes == {of_state}
+
+
+@pytest.mark.parametrize("make", [scale_by_rms, scale_by_stddev, rmsprop])
+def test_updates_have_the_gradients_dtype_or_the_parameters_if_wider(make):
+    tx, g = make(), jnp.full((2,), 0.25, jnp.float16)
+    state = tx.init(g.astype(jnp.float32))
+    alone, _ = tx.update(g, state)
+    beside, _ = tx.update(g, state, g.astype(jnp.float32))
+    exact, _ = tx.update(g.astype(jnp.float32), state)
+    assert (alone.dtype, beside.dtype) == (jnp.float16, jnp.float32)
+    chex.assert_trees_all_equal(beside, exact)
+
+
+def test_a_small_rate_is_not_lost_between_float16_gradients_and_float32_parameters():
+    params = jnp.ones(2)
+    tx = rmsprop(1e-8, eps=0.0)
+    updates, _ = tx.update(params.astype(jnp.float16), tx.init(params), params)
+    np.testing.assert_allclose(updates, -1e-7, rtol=1e-6)  # 0 in float16
+
+
+ANYTHING = {
+    "function": jnp.tanh,
+    "string": "float32",
+    "class": float,
+    "integer": 3,
+    "integers": jnp.arange(3),
+    "key": jax.random.key(0),
+    "tree": {"inside": [object()]},
+    "nothing": None,
+}
+TRANSFORMS = {
+    "scale_by_rms": scale_by_rms(),
+    "scale_by_stddev": scale_by_stddev(),
+    "rmsprop": rmsprop(),
+    "mask": rmsprop(
+        weight_decay=0.1, weight_decay_mask=lambda tree: {n: True for n in tree}
+    ),
+    **{case: rmsprop(**CASES[case]) for case in ("weight_decay", *EXTREMES)},
+}
+
+
+@pytest.mark.parametrize("tx", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_parameters_without_gradient_may_be_anything(tx):
+    params, gradients = arrays()
+    state, g = tx.init(params), by_step(gradients)[0]
+    expected, expected_state = tx.update(g, state, params)
+    nothing = dict.fromkeys(ANYTHING)
+    updates, state = tx.update(
+        g | nothing, tx.init(params | nothing), params | ANYTHING
+    )
+    chex.assert_trees_all_equal(updates, expected | nothing)
+    chex.assert_trees_all_equal(jax.tree.leaves(state), jax.tree.leaves(expected_state))
 
 
 @pytest.mark.parametrize("make", [scale_by_rms, scale_by_stddev, rmsprop])

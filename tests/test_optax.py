@@ -1,7 +1,12 @@
 """At home in optax: under its wrappers and tools, the numbers of doing it by hand."""
 
+import copy
 import functools
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -13,7 +18,13 @@ from jax import export
 
 import optax_rmsprop
 import reference
-from optax_rmsprop import rmsprop, scale_by_rms, scale_by_stddev
+from optax_rmsprop import (
+    compress_state,
+    dialects,
+    rmsprop,
+    scale_by_rms,
+    scale_by_stddev,
+)
 from runs import ENTRIES, problem
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -173,6 +184,39 @@ def test_partition_equals_separate_runs():
         masked = optax.tree.get(state, slot)
         named = {k: v for k, v in masked.items() if v != optax.MaskedNode()}
         assert_close(named, {name: expected[slot][name] for name in named})
+
+
+def of_dtype(dtype):
+    return lambda tree: jax.tree.map(lambda leaf: leaf.dtype == dtype, tree)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(rmsprop, 1.0, decoupled_weight_decay=True),
+        functools.partial(dialects.torch, 1.0),
+        functools.partial(dialects.keras, 1.0),
+        functools.partial(dialects.timm, 1.0, decoupled_decay=True),
+    ],
+    ids=["rmsprop", "torch", "keras", "timm"],
+)
+@pytest.mark.parametrize("gradient", ["bfloat16", "float32"])
+def test_a_mask_sees_the_parameters_as_they_are(make, gradient):
+    params = {"half": jnp.ones(2, jnp.bfloat16), "full": jnp.ones(2, jnp.float32)}
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, gradient), params)
+    seen, expected = [], {"half": True, "full": False}
+
+    def mask(tree):
+        seen.append(tree)
+        return of_dtype(jnp.bfloat16)(tree)
+
+    tx = make(weight_decay=0.1, weight_decay_mask=mask)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    assert [of_dtype(jnp.bfloat16)(tree) for tree in seen] == 2 * [expected]
+    assert updates["half"].all()
+    assert not updates["full"].any()
+    if make.func is not dialects.torch:  # whose decay is divided by its own root
+        np.testing.assert_allclose(np.float32(updates["half"]), -0.1, rtol=4e-3)
 
 
 # Ends that a schedule could have: torch's OneCycleLR also moves the momentum.
@@ -449,6 +493,67 @@ def test_a_state_of_float64_goes_on_without_64_bit_mode():
     params, g = jax.tree.map(np.float32, (params, by_step(gradients)[0]))
     _, state = rmsprop(**OPTIONS).update(g, wide, params)
     assert optax.tree.get(state, "nu")["matrix"].dtype == np.float32
+
+
+def matrices(tree):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
+
+PICKLED = {
+    "scale_by_rms": scale_by_rms(),
+    "scale_by_stddev": scale_by_stddev(),
+    "rmsprop": rmsprop(**OPTIONS),
+    "centered": rmsprop(centered=True, bias_correction=True, **OPTIONS),
+    "mask": rmsprop(weight_decay_mask=matrices, **OPTIONS),
+    "schedule": rmsprop(optax.linear_schedule(0.1, 0.0, 9), lr_in_momentum=True),
+    **{f"dialects.{n}": getattr(dialects, n)(0.1) for n in dialects.__all__},
+    "compress_state": compress_state(rmsprop(), "uint8", min_size=1),
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), rmsprop()),
+    "masked": optax.masked(rmsprop(), matrices),
+    "partition": optax.partition({"a": rmsprop()}, lambda tree: "a"),
+    "inject": optax.inject_hyperparams(rmsprop)(**OPTIONS),
+    "apply_if_finite": optax.apply_if_finite(rmsprop(), 3),
+}
+
+
+def two_updates(tx):
+    params, gradients = jax.tree.map(jnp.float32, arrays(2))
+    return jax.tree.leaves(train(tx, params, gradients))
+
+
+def test_transformations_are_pickled_into_another_process(tmp_path):
+    """As joblib and Ray do it."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        for tx in PICKLED.values():  # a used one, too
+            two_updates(tx)
+        sent = cloudpickle.dumps((two_updates, PICKLED))
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    (tmp_path / "sent").write_bytes(sent)
+    code = """import pickle, sys, jax
+jax.config.update("jax_enable_x64", True)
+two_updates, transformations = pickle.load(open("sent", "rb"))
+results = {name: two_updates(tx) for name, tx in transformations.items()}
+pickle.dump(results, open("back", "wb"))"""
+    tests = str(Path(__file__).parent)
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": tests, "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    results = pickle.loads((tmp_path / "back").read_bytes())
+    assert results.keys() == PICKLED.keys()
+    for name, tx in PICKLED.items():
+        assert_close(results[name], two_updates(tx))
+
+
+@pytest.mark.parametrize("tx", PICKLED.values(), ids=PICKLED)
+def test_transformations_are_copied_and_hashed(tx):
+    assert copy.deepcopy(tx) == tx
+    assert hash(tx) == hash(copy.copy(tx))
 
 
 def test_pickled_state_goes_on():
