@@ -90,12 +90,16 @@ def train(
     def train_step(
         params: Any, opt_state: Any, images: jax.Array, labels: jax.Array
     ) -> tuple[Any, Any, jax.Array]:
-        def loss_of(params: Any) -> jax.Array:
+        def loss_of(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
             logits = network.apply({"params": params}, images)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean()
 
-        loss, grads = jax.value_and_grad(loss_of)(params)
+        # Flax and optax leave it to the compiler where a loss's intermediates lie. On a
+        # mesh with Explicit axes they would have to say it.
+        loss, grads = jax.sharding.auto_axes(
+            jax.value_and_grad(loss_of), out_sharding=(everywhere, shardings[0])
+        )(params, images, labels)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
@@ -166,13 +170,13 @@ def compare(options: argparse.Namespace) -> float:
             f"--batch-size: must be a multiple of the {jax.device_count()} devices, at "
             f"most {DIGITS}, got {options.batch_size}"
         )
-    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    mesh = jax.make_mesh((jax.device_count(),), ("devices",))
     index, count = jax.process_index(), jax.process_count()
     params, opt_state, losses = train(options, mesh, index, count)
     part = share((params, opt_state))
     params = everything(params)
 
-    alone = Mesh(np.array(jax.local_devices()[:1]), ("devices",))
+    alone = jax.make_mesh((1,), ("devices",), devices=jax.local_devices()[:1])
     params_alone, _, losses_alone = train(options, alone, 0, 1)
     differences = jax.tree.map(
         lambda ours, theirs: float(np.abs(ours - theirs).max()),

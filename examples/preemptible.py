@@ -42,7 +42,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import linen
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 
 import optax_rmsprop
@@ -94,7 +94,7 @@ class Run:
             momentum=options.momentum,
             centered=options.centered,
         )
-        self.mesh = Mesh(np.array(jax.devices()), ("devices",))
+        self.mesh = jax.make_mesh((jax.device_count(),), ("devices",))
         shapes = jax.eval_shape(partial(self.first_state, options.seed))
         params = jax.tree.map(self.in_parts, shapes["params"])
         self.shardings = {
@@ -131,14 +131,21 @@ class Run:
     ) -> tuple[State, jax.Array]:
         key, dropout = jax.random.split(jax.random.wrap_key_data(state["key"]))
 
-        def loss_of(params: Any) -> jax.Array:
+        def loss_of(
+            params: Any, images: jax.Array, labels: jax.Array, dropout: jax.Array
+        ) -> jax.Array:
             logits = self.network.apply(
                 {"params": params}, images, rngs={"dropout": dropout}
             )
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean()
 
-        loss, grads = jax.value_and_grad(loss_of)(state["params"])
+        # Flax and optax leave it to the compiler where a loss's intermediates lie. On a
+        # mesh with Explicit axes they would have to say it.
+        loss, grads = jax.sharding.auto_axes(
+            jax.value_and_grad(loss_of),
+            out_sharding=(self.shardings["key"], self.shardings["params"]),
+        )(state["params"], images, labels, dropout)
         updates, opt_state = self.tx.update(grads, state["opt_state"], state["params"])
         return {
             "params": optax.apply_updates(state["params"], updates),
