@@ -1,3 +1,4 @@
+import collections
 import importlib
 from pathlib import Path
 
@@ -6,6 +7,26 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+WITHOUT_TORCH = (
+    " (the extra `test` leaves it out on Linux with Python 3.12 and later, where its "
+    "wheel brings gigabytes of CUDA)"
+)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in a line for each reason what was left out; pytest says only how many."""
+    files = collections.defaultdict(set)
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        if "'torch'" in reason:
+            reason += WITHOUT_TORCH
+        files[reason].add(report.nodeid.partition("::")[0])
+    for reason, where in sorted(files.items()):
+        terminalreporter.write_line(
+            f"left out: {reason}, in {', '.join(sorted(where))}"
+        )
 
 
 @pytest.fixture

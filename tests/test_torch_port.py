@@ -707,8 +707,10 @@ def test_what_overflows_in_torch_is_reported_before_it_is_written():
     run = from_torch(model, optimizer, linear_port)
     nu = run.opt_state[0].nu | {"bias": jnp.full(2, 9e6)}
     state = (run.opt_state[0]._replace(nu=nu), *run.opt_state[1:])
-    with pytest.warns(RuntimeWarning, match="infinity: square_avg of `bias`"):
+    says = "infinity: square_avg of `bias`"
+    with pytest.warns(RuntimeWarning, match=says) as record:
         to_torch(run.params, state, model, optimizer, linear_port)
+    assert record[0].filename == __file__
 
 
 class WithExtraState(torch.nn.Linear):

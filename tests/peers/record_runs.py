@@ -3,12 +3,15 @@
     pip install torch==2.13.0 && pip install --no-deps timm
     python tests/peers/record_runs.py timm
 
-    pip install keras jax
-    KERAS_BACKEND=jax python tests/peers/record_runs.py keras
+    pip install keras jax . && KERAS_BACKEND=jax python tests/peers/record_runs.py keras
 
 A network of two parameters (and one that is frozen) makes ten steps, with a learning
 rate that changes every step; its state is kept, and its parameters after ten more.
 recorded/runs_FRAMEWORK.json has it all.
+
+Keras' runs are also carried on the spot, by `from_keras` from the model and optimizer
+themselves, and go on beside Keras. What they differ by at the end is recorded; too much
+is an error.
 """
 
 import argparse
@@ -59,8 +62,13 @@ def timm(options):
 
 
 def keras(options):
+    import jax.numpy as jnp
     import keras
+    from carried_keras import TOLERANCE, difference, go_on, port
 
+    from optax_rmsprop import from_keras
+
+    rates = jnp.asarray(LEARNING_RATES)
     keras.utils.set_random_seed(0)
     frozen = keras.layers.Dense(3, name="frozen", trainable=False)
     dense = keras.layers.Dense(2, name="dense")
@@ -76,6 +84,7 @@ def keras(options):
 
     for step, lr in enumerate(LEARNING_RATES):
         if step == HALF:
+            carried = from_keras(model, optimizer, port, rates.__getitem__)
             yield {
                 "config": optimizer.get_config(),
                 "iterations": int(optimizer.iterations),
@@ -89,7 +98,14 @@ def keras(options):
         of_path["net/dense/bias"] = gradients("bias")[step]
         variables = model.trainable_variables
         optimizer.apply([of_path[v.path] for v in variables], variables)
-    yield dict(listed(model.weights))
+    end = dict(listed(model.weights))
+    yield end
+    all_gradients = {name: gradients(name) for name in SHAPES}
+    params = go_on(carried, all_gradients, range(HALF, 2 * HALF))
+    apart = difference(params, end)
+    if not apart <= TOLERANCE:
+        raise SystemExit(f"carried, a run with {options} ends {apart:.1e} from Keras'")
+    yield apart
 
 
 CASES = {
@@ -122,8 +138,10 @@ def main():
     framework = parser.parse_args().framework
     runs = []
     for options in CASES[framework]:
-        half, end = globals()[framework](dict(options))
-        runs.append({"options": options, "half": half, "end": end})
+        # Of Keras' also how far the carried run ends from it.
+        names = ("half", "end", "carried")
+        run = dict(zip(names, globals()[framework](dict(options)), strict=False))
+        runs.append({"options": options, **run})
     record = {
         "versions": {framework: metadata.version(framework)},
         "half": HALF,
