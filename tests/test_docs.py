@@ -76,6 +76,7 @@ PUBLIC = [
     optax_rmsprop.decompress_state,
     optax_rmsprop.diagnose,
     optax_rmsprop.from_keras,
+    optax_rmsprop.from_optax,
     optax_rmsprop.from_torch,
     optax_rmsprop.from_torch_checkpoint,
     optax_rmsprop.rmsprop,
@@ -102,7 +103,7 @@ def test_public_names():
     names = {name for name in dir(optax_rmsprop) if not name.startswith("_")}
     helpers = {"importlib", "Any", "TYPE_CHECKING"}
     modules = {"diagnostics", "keras_port", "low_precision", "optimizer", "sharding"}
-    modules |= {"torch_port", "transforms"}
+    modules |= {"optax_port", "torch_port", "transforms"}
     assert names - modules - helpers == {
         "CompressedState",
         "Diagnosis",
@@ -116,6 +117,7 @@ def test_public_names():
         "diagnose",
         "dialects",
         "from_keras",
+        "from_optax",
         "from_torch",
         "from_torch_checkpoint",
         "rmsprop",
@@ -162,6 +164,12 @@ def test_the_page_of_small_states_quotes_the_record_of_errors():
     assert script["table"](rows) in (ROOT / "docs" / "low_precision.md").read_text()
 
 
-def test_the_changelog_knows_this_version():
+def test_the_changelog_knows_this_version_and_every_public_name():
     text = (ROOT / "CHANGELOG.md").read_text()
-    assert f"## [{optax_rmsprop.__version__}]" in text or "## [Unreleased]" in text
+    versions = re.findall(r"^## \[(.+?)\]", text, re.M)
+    released = [version for version in versions if version != "Unreleased"]
+    assert versions == ["Unreleased"] * ("Unreleased" in versions) + released
+    assert released[:1] in ([optax_rmsprop.__version__], [])
+    assert released or optax_rmsprop.__version__ == "0.1.0"  # which is not released yet
+    names = {function.__name__ for function in PUBLIC} | {"dialects", "torch_layers"}
+    assert names <= set(re.findall(r"`(\w+)(?:\(\))?`", text))

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 # 400 steps are 40 memories of decay=0.9: the start is forgotten, and errors have grown.
 STEPS = 400
-FLOAT64_TOLERANCE = 1e-10  # observed: 7.6e-12, with torch 2.15 too
+FLOAT64_TOLERANCE = 2e-11  # observed: 7.6e-12, with torch 2.15 too
 FLOAT32_ERROR_RATIO = 1.2  # observed: 1.04, mean of 128 elements over all steps
 COMPLEX64_TOLERANCE = 1e-4  # observed: 7.0e-6 against torch in complex128
 
