@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,8 +18,6 @@ from optax_rmsprop import (
     scale_by_stddev,
     stochastic_apply_updates,
 )
-
-eqx = pytest.importorskip("equinox")
 
 LR = 1e-2
 

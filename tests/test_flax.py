@@ -1,6 +1,7 @@
 """At home in Flax, NNX and Linen: the parameters of a plain optax loop."""
 
 import chex
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +112,8 @@ def test_linen_train_state(options):
         state = step(state)
         chex.assert_trees_all_close(state.params, expected, **TOLERANCE)
     assert state.step == optax.tree.get(state.opt_state, "count") == STEPS
+    copy = cloudpickle.loads(cloudpickle.dumps(state))
+    chex.assert_trees_all_equal(step(copy).params, step(state).params)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "uint8"])

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import chex
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -523,7 +524,6 @@ def two_updates(tx):
 
 def test_transformations_are_pickled_into_another_process(tmp_path):
     """As joblib and Ray do it."""
-    cloudpickle = pytest.importorskip("cloudpickle")
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
         for tx in PICKLED.values():  # a used one, too
