@@ -1,6 +1,7 @@
 """Errors that name the argument, the rule, the value and the remedy."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -35,9 +36,11 @@ def knows_foreign_names(function: Function) -> Function:
     def checked(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs.keys() & FOREIGN.keys():
             ours, dialect = FOREIGN[name]
+            own = ours in inspect.signature(function).parameters
+            where = "" if own else " of rmsprop()"
             raise TypeError(
                 f"{function.__name__}() takes no `{name}`, got {kwargs[name]!r}; here "
-                f"it is `{ours}`, and dialects.{dialect} takes `{name}`"
+                f"it is `{ours}`{where}, and dialects.{dialect} takes `{name}`"
             )
         return function(*args, **kwargs)
 
@@ -190,13 +193,13 @@ def stored_as(name: str, leaf: Any, dtype: np.dtype, path: Any) -> None:
 def mask(name: str, value: Any) -> Callable[[Any], Any] | None:
     """Check a mask: None, a function, or a tree of booleans, but not one alone.
 
-    A tree comes back as the function that returns it: a tree of booleans in the form of
-    an Equinox model is callable, and optax would call it.
+    It comes back as a plain function, or None. optax would call a tree of booleans in
+    the form of an Equinox model, which is callable, and would take a
+    `jax.tree_util.Partial`, which is a tree without leaves, for a tree.
     """
     leaves = tree_flatten_with_path(value)[0]
-    # `jax.tree_util.Partial` is a tree without leaves, and a function.
     if callable(value) and all(path == () for path, _ in leaves):
-        return value
+        return lambda params: value(params)
     for path, leaf in leaves:
         if path == () or not isinstance(leaf, bool | np.bool_):
             raise TypeError(
@@ -264,17 +267,21 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
     given_leaves, given_tree = _by_path(given)
     leaves, tree = _by_path(expected)
     found = {path: leaf for path, leaf in given_leaves.items() if leaf is not None}
-    absent = given_leaves.keys() - found.keys()
+    # None in place of the whole tree is no gradient left out, but all forgotten.
+    absent = given_leaves.keys() - found.keys() - {()}
     if absent:
         prefixes = {path: {path[:i] for i in range(len(path) + 1)} for path in leaves}
         leaves = {path: leaves[path] for path in leaves if not prefixes[path] & absent}
+        absent -= set().union(*prefixes.values())
     problems = []
     for path, leaf in found.items():
         if path not in leaves:
             continue
         of_leaf = leaves[path]
-        if dtype_of(of_leaf) is None:
-            problems.append(f"{_at(path)} is {_kind(leaf)}, expected {_kind(of_leaf)}")
+        dtype = dtype_of(of_leaf)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+            beside = _kind(of_leaf) if dtype is None else dtype
+            problems.append(f"{_at(path)} is an array, expected None beside {beside}")
             continue
         real = not jnp.iscomplexobj(of_leaf)
         inexact(name, leaf, path, remedy=f"compare with {like}", real=real)
@@ -284,7 +291,8 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
             )
     problems += _other_paths(found, leaves)
     if not problems and not fits(given_tree, expected):
-        problems.append(f"got {given_tree}, expected {tree}")
+        unexpected = f"unexpected {', '.join(map(_at, absent))}"
+        problems.append(unexpected if absent else f"got {given_tree}, expected {tree}")
     if problems:
         raise ValueError(
             f"`{name}` must have the structure and shapes of {like}: "

@@ -1,5 +1,6 @@
 """Carry a run of optax's own RMSprop over to ours, in the middle."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,14 +23,17 @@ _THEIRS = tuple(
 )
 _OURS = ScaleByRmsState, ScaleByStddevState
 _PARTS = (*_THEIRS, *_OURS, optax.TraceState, optax.ScaleByScheduleState)
-# The gradients by which updates are compared, as factors of the root of nu; and how far
-# updates may differ, as fractions of the largest in their array.
-_FACTORS = 0.5, -1.0, 2.0
 _INSIDE = (
     "optax.rmsprop has the learning rate inside the momentum buffer, as dialects.optax "
     "and rmsprop(lr_in_momentum=True)"
 )
-_TOLERANCE, _TOLERANCE_OF_16_BITS = 1e-3, 5e-2
+# The gradients by which both are compared, as factors of the root of nu, and the most
+# updates that an accumulation of gradients may take.
+_FACTORS = 0.5, -1.0, 2.0
+_MOST = 64
+# How many roundings the two may be apart: of 32 and 64 bits, and of 16; and how many
+# times more in what is divided by the root of a difference.
+_ROUNDINGS, _ROUNDINGS_OF_16_BITS, _CENTERED = 128, 8, 1000
 
 
 def from_optax(
@@ -54,21 +58,23 @@ def from_optax(
     our parts in place of optax's: for `optax.rmsprop` that is `dialects.optax` with the
     same arguments. States of other parts are taken as they are.
 
-    The result is not taken on trust: both make three updates, of the same random
-    gradients, and these must agree. So another learning rate, decay or place of eps is
-    found where it makes a difference at the size of this run's gradients.
+    The result is not taken on trust. Both transformations make updates of the same
+    gradients, and the updates and all averages after each must agree, within about a
+    hundred roundings of the averages. So another learning rate, decay or place of eps
+    is found where it makes that much of a difference at the size of this run's
+    gradients. The sign of each trace is found in the same way.
 
-    What cannot be exact: `nu - mu²` has the rounding of optax's own variance, and is 0
-    where that is negative, and optax's next update NaN or too long. For parameters of
-    16 bits, optax has rounded `nu` to their dtype.
+    What cannot be exact: `var` has the rounding error of `nu - mu²`, as optax's own
+    variance has. Where that is negative, and optax's next update NaN or too long, `var`
+    is 0. For parameters of 16 bits, optax has rounded `nu` to their dtype.
 
     Args:
       opt_state: the state that `source` has now; arrays, not within `jax.jit`.
       source: the transformation of optax that made it.
       tx: ours, with the same options. Others can be chosen afterwards.
-      params: the parameters.
+      params: the parameters, as given to init.
       count: the number of updates made, in [0, 2³¹). By default it is read off
-        `opt_state`, where bias correction or a schedule keeps it.
+        `opt_state`, where bias correction or a schedule of the rate keeps it.
       decay: that of `source`, in [0, 1). Needed with bias correction, and only there.
 
     Returns:
@@ -78,9 +84,9 @@ def from_optax(
       TypeError: a number of the wrong kind.
       ValueError: an `opt_state` that is not of `source`; a `tx` whose state has other
         parts, or the same in another order (a learning rate inside the momentum buffer
-        cannot be taken out); updates that differ; a count that is needed or
-        contradicts the state; complex averages, in which optax adds the squares of both
-        parts.
+        cannot be taken out); updates or averages that differ; a trace whose sign no
+        update shows; a count that is needed or contradicts the state; complex averages,
+        in which optax adds the squares of both parts.
 
     Warns:
       RuntimeWarning: an average holds NaN or infinity. It is carried as it is.
@@ -104,27 +110,143 @@ def from_optax(
     if [_kind(part) for part in parts] != [_kind(part) for part in wanted]:
         raise ValueError(
             "`tx` must keep what `source` keeps, in the same order and for the same "
-            f"parameters: {_names(parts)}, got {_names(wanted)}; {_INSIDE}"
+            f"parameters: {_names(parts)}, got {_names(wanted)}"
+            + (f"; {_INSIDE}" if optax.TraceState in map(type, wanted) else "")
         )
     steps = _steps(parts, count)
     _check_averages(parts)
     structure: Any = jax.tree.structure(like, is_leaf=_is_part)
-    has_trace = optax.TraceState in map(type, parts)
-    differences = []
-    for sign in (-1, 1) if has_trace else (1,):
-        rows = zip(parts, wanted, strict=True)
-        carried = structure.unflatten(
-            _carried(*row, steps, decay, sign) for row in rows
+    compare = _Comparison(source, opt_state, tx, params)
+    signs = [1] * len(parts)
+
+    def carried(parts: list[Any]) -> list[Any]:
+        rows = zip(parts, wanted, signs, strict=True)
+        return [_carried(*row, steps, decay) for row in rows]
+
+    def differences() -> dict[int, str]:
+        return compare.differences(structure.unflatten(carried(parts)), carried)
+
+    def both_signs_agree(i: int, is_wrong: Callable[[dict[int, str]], bool]) -> bool:
+        """Choose the sign of a trace with which nothing is wrong, if there is one."""
+        wrong = {}
+        for sign in (1, -1):
+            signs[i] = sign
+            wrong[sign] = is_wrong(differences())
+        signs[i] = 1 if wrong[-1] else -1
+        return not any(wrong.values())
+
+    # A trace shows its sign in what is added to it, or else in the updates. What is
+    # added may come from another trace, so they go in their order.
+    traces = [i for i, part in enumerate(parts) if isinstance(part, optax.TraceState)]
+    unknown = [i for i in traces if both_signs_agree(i, _has(i))]
+    for i in unknown:
+        holds = any(x.any() for x in jax.tree.leaves(parts[i]))
+        if both_signs_agree(i, bool) and holds:
+            raise ValueError(
+                "`opt_state` must have traces whose sign an update shows, got one that "
+                "has no effect now; carry it over where the learning rate is not 0"
+            )
+    for difference in differences().values():
+        raise ValueError(
+            "`tx` must make what `source` makes of the same gradients, got "
+            f"{difference}; give both the same options"
+            + (f"; {_INSIDE}" if traces else "")
         )
-        difference = _difference(source, opt_state, tx, carried, params)
-        if difference is None:
-            return carried
-        differences.append(difference)
-    raise ValueError(
-        "`tx` must make the updates that `source` makes, with the same options, got "
-        + ", and with the other sign of the trace ".join(differences)
-        + (f"; {_INSIDE}" if has_trace else "")
-    )
+    return structure.unflatten(carried(parts))
+
+
+def _has(part: int) -> Callable[[dict[int, str]], bool]:
+    return lambda differences: part in differences
+
+
+class _Comparison:
+    """What two transformations make of the same gradients."""
+
+    def __init__(self, source: Any, opt_state: Any, tx: Any, params: Any):
+        self._opt_state, self._params = opt_state, params
+        self._updates = jax.jit(source.update), jax.jit(tx.update)
+        parts = _parts(opt_state)
+        self._sizes = _gradient_sizes(parts, params)
+        averages = jax.tree.leaves(list(filter(_is_part, parts)))
+        dtypes = {x.dtype for x in averages if jnp.issubdtype(x.dtype, jnp.floating)}
+        infos = [jnp.finfo(dtype) for dtype in dtypes]
+        roundings = [
+            float(info.eps) * (_ROUNDINGS if info.bits > 16 else _ROUNDINGS_OF_16_BITS)
+            for info in infos
+        ]
+        self._rounding = max(roundings, default=0.0)
+        centered = any(
+            isinstance(part, _THEIRS) and "mu" in part._fields for part in parts
+        )
+        self._of_quotients = self._rounding * (_CENTERED if centered else 1)
+
+    def differences(
+        self, ours: Any, carried: Callable[[list[Any]], list[Any]]
+    ) -> dict[int, str]:
+        """The first difference in each part, by its number; in the updates, by -1."""
+        their_update, our_update = self._updates
+        theirs, found = self._opt_state, {}
+        for number in range(_MOST):
+            factor = _FACTORS[number % len(_FACTORS)]
+            grads = jax.tree.map(lambda size: factor * size, self._sizes)  # noqa: B023
+            their_updates, theirs = their_update(grads, theirs, self._params)
+            our_updates, ours = our_update(grads, ours, self._params)
+            rows = [(-1, our_updates, their_updates, their_updates, self._of_quotients)]
+            pairs = zip(_parts(ours), carried(_parts(theirs)), strict=True)
+            for i, (part, expected) in enumerate(pairs):
+                rows += [(i, *row) for row in self._rows(part, expected)]
+            for i, *row in rows:
+                if i not in found and (difference := _apart(*row)):
+                    found[i] = difference
+            if number + 1 >= len(_FACTORS) and self._has_moved(theirs):
+                return found
+        raise ValueError(
+            f"`source` must change its averages within {_MOST} updates, to be compared "
+            "with; carry the state over shortly before an accumulation ends"
+        )
+
+    def _rows(self, part: Any, expected: Any) -> list[tuple[Any, Any, Any, float]]:
+        """What to compare: ours, optax's, the size of their errors, and a tolerance."""
+        if isinstance(part, optax.TraceState):
+            return [(part, expected, expected, self._of_quotients)]
+        if isinstance(part, ScaleByRmsState):
+            return [(part.nu, expected.nu, expected.nu, self._rounding)]
+        if isinstance(part, ScaleByStddevState):
+            nu = jax.tree.map(lambda var, mu: var + mu * mu, expected.var, expected.mu)
+            root = jax.tree.map(jnp.sqrt, nu)
+            return [
+                (part.mu, expected.mu, root, self._rounding),
+                (part.var, expected.var, nu, self._rounding),
+            ]
+        return []
+
+    def _has_moved(self, theirs: Any) -> bool:
+        states = (list(filter(_is_part, _parts(s))) for s in (self._opt_state, theirs))
+        old, new = map(jax.tree.leaves, states)
+        changed = [(x != y).any() for x, y in zip(old, new, strict=True)]
+        return any(changed) or not any(map(np.size, old))
+
+
+def _apart(got: Any, expected: Any, sizes: Any, tolerance: float) -> str | None:
+    """Where two trees are too far apart, as far as the expected one is finite."""
+    rows = zip(*map(jax.tree.leaves, (got, expected, sizes)), strict=True)
+    for path, (x, y, size) in zip(_paths(expected), rows, strict=True):
+        x, y, size = (np.asarray(leaf, np.complex128).ravel() for leaf in (x, y, size))
+        known = np.isfinite(y)
+        if not known.any():
+            continue
+        errors = np.abs(x - y)[known]
+        worst = np.argmax(errors)
+        if not errors[worst] <= tolerance * np.abs(size[known]).max():
+            was, should = (v[known][worst] for v in (x, y))
+            real = not np.iscomplexobj(jax.tree.leaves(expected)[0])
+            was, should = (v.real if real else v for v in (was, should))
+            return f"{was:.6g} where it makes {should:.6g} at {path}"
+    return None
+
+
+def _paths(tree: Any) -> list[str]:
+    return [keystr(path) or "the root" for path, _ in tree_leaves_with_path(tree)]
 
 
 def _check_source(opt_state: optax.OptState, expected: optax.OptState) -> None:
@@ -180,9 +302,12 @@ def _steps(parts: list[Any], count: int | None) -> int:
     """The number of updates made, on which all must agree that count them."""
     found = {int(part.count) for part in parts if _has_count(part)}
     if count is not None:
+        if isinstance(count, jax.Array) and jnp.issubdtype(count.dtype, jnp.integer):
+            count = count.item()  # of a TrainState
         found.add(_checks.integer("count", count, high=2**31))
     if len(found) != 1:
-        got = " and ".join(map(str, sorted(found))) or "None, and none in `opt_state`"
+        got = " and ".join(map(str, sorted(found)))
+        got = got or "None, and no average or schedule in `opt_state` counts them"
         raise ValueError(
             "`count` must be the number of updates that made `opt_state`, got "
             f"{got}; give the right one"
@@ -207,19 +332,20 @@ def _check_averages(parts: list[Any]) -> None:
 
 
 def _carried(
-    part: Any, like: Any, steps: int, decay: ArrayLike | None, sign: int
+    part: Any, like: Any, sign: int, steps: int, decay: ArrayLike | None
 ) -> Any:
-    """A part of optax's state, as ours."""
+    """A part of optax's state, as ours, if ours is another."""
     if isinstance(part, optax.TraceState):
         return optax.TraceState(
             jax.tree.map(lambda t, new: sign * cast(t, new.dtype), *part, *like)
         )
-    if not isinstance(part, _THEIRS):
+    if not isinstance(like, _OURS):
         return part
     total: Any = 1.0
-    if _has_count(part) and steps:  # optax divides by this at every use
+    if _has_count(part) and part.count:  # optax divides by this at every use
         why = "; bias correction needs that of `source`"
-        total = 1 - _checks.number("decay", decay, high=1, hint=why) ** steps
+        decay = _checks.number("decay", decay, high=1, hint=why)
+        total = 1 - decay ** int(part.count)
 
     def average(x: jax.Array, new: jax.ShapeDtypeStruct) -> jax.Array:
         return cast(x, new.dtype) / total
@@ -233,55 +359,20 @@ def _carried(
     return ScaleByStddevState(count, mu, var)
 
 
-def _difference(
-    source: optax.GradientTransformation,
-    opt_state: optax.OptState,
-    tx: optax.GradientTransformation,
-    carried: optax.OptState,
-    params: optax.Params,
-) -> str | None:
-    """Where the next updates of two transformations differ, if they do."""
-    sizes, tolerance = _gradient_sizes(opt_state, params)
-    their_update, our_update = jax.jit(source.update), jax.jit(tx.update)
-    moves = False
-    for factor in _FACTORS:
-        grads = jax.tree.map(lambda size: factor * size, sizes)  # noqa: B023
-        theirs, opt_state = their_update(grads, opt_state, params)
-        ours, carried = our_update(grads, carried, params)
-        rows = zip(tree_leaves_with_path(theirs), jax.tree.leaves(ours), strict=True)
-        for (path, x), y in rows:
-            x, y = np.asarray(x, np.float64).ravel(), np.asarray(y, np.float64).ravel()
-            x, y = x[np.isfinite(x)], y[np.isfinite(x)]
-            if not x.any() and not y.any():
-                continue
-            moves = True
-            worst = np.argmax(np.abs(x - y))
-            if not np.abs(x - y)[worst] <= tolerance * np.abs(x).max():
-                where = keystr(path) or "the root"
-                return f"{y[worst]:.6g} where it makes {x[worst]:.6g} at {where}"
-    if not moves:
-        raise ValueError(
-            f"`source` must make an update that is not 0 within {len(_FACTORS)}, to be "
-            "compared with; carry the state over where an accumulation ends"
-        )
-    return None
-
-
-def _gradient_sizes(
-    opt_state: optax.OptState, params: optax.Params
-) -> tuple[optax.Updates, float]:
-    """The root of nu where it is known, else 1; and the tolerance that nu allows."""
+def _gradient_sizes(parts: list[Any], params: optax.Params) -> optax.Updates:
+    """The root of nu, where it belongs to a parameter and is not 0; else 1."""
+    if isinstance(params, optax.LookaheadParams):
+        params = params.fast
 
     def size(old: jax.Array, nu: Any) -> jax.Array:
-        if np.shape(nu) != old.shape or isinstance(nu, optax.MaskedNode):
+        if isinstance(nu, optax.MaskedNode) or np.shape(nu) != old.shape:
             return old
         return jnp.where(nu > 0, jnp.sqrt(nu), 1).astype(old.dtype)
 
-    sizes, tolerance = jax.tree.map(jnp.ones_like, params), _TOLERANCE
-    for part in _parts(opt_state):
-        if isinstance(part, _THEIRS):
-            if any(nu.dtype.itemsize < 4 for nu in jax.tree.leaves(part.nu)):
-                tolerance = _TOLERANCE_OF_16_BITS
-            if _checks.fits(jax.tree.structure(sizes), part.nu):
-                sizes = jax.tree.map(size, sizes, part.nu)
-    return sizes, tolerance
+    sizes = jax.tree.map(jnp.ones_like, params)
+    for part in parts:
+        if isinstance(part, _THEIRS) and _checks.fits(
+            jax.tree.structure(sizes), part.nu
+        ):
+            sizes = jax.tree.map(size, sizes, part.nu)
+    return sizes

@@ -1,5 +1,7 @@
 """RMSprop: the averaging transforms, momentum and weight decay in one chain."""
 
+from __future__ import annotations  # so that pickles hold no types
+
 from collections.abc import Callable
 from typing import Any
 
@@ -129,7 +131,9 @@ def rmsprop(
     """
     if not callable(learning_rate):
         learning_rate = _checks.number(
-            "learning_rate", learning_rate, below_0=_checks.ASCEND
+            "learning_rate",
+            learning_rate,
+            below_0="" if maximize else _checks.ASCEND,
         )
     momentum = _checks.number("momentum", 0.0 if momentum is None else momentum, high=1)
     if not callable(weight_decay):
@@ -230,7 +234,7 @@ def rmsprop(
         if params is not None:
             # What has no gradient may be anything, and is not looked at.
             params = _map(lambda g, p: None if g is None else p, updates, params)
-        # optax calls a mask with the wide gradients. The user's is for parameters.
+        # optax would call the mask with the gradients, in the accumulators' dtype.
         tx = chain(mask and (lambda _: mask(params)))
         wide_updates, new_state = tx.update(
             jax.tree.map(wide, updates), state, jax.tree.map(wide, params), **extra_args

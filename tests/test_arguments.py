@@ -82,15 +82,17 @@ BAD = [
 @pytest.mark.parametrize("foreign", FOREIGN)
 def test_a_foreign_name_is_told_ours_and_its_dialect(function, foreign):
     ours, dialect = FOREIGN[foreign]
+    of_rmsprop = ""
+    if ours not in inspect.signature(function).parameters:
+        of_rmsprop = " of rmsprop()"
+        assert ours in inspect.signature(rmsprop).parameters
     with pytest.raises(TypeError) as error:
         function(**{foreign: 0.5})
-    remedy = f"here it is `{ours}`, and dialects.{dialect} takes `{foreign}`"
-    assert (
-        str(error.value)
-        == f"{function.__name__}() takes no `{foreign}`, got 0.5; {remedy}"
+    assert str(error.value) == (
+        f"{function.__name__}() takes no `{foreign}`, got 0.5; here it is `{ours}`"
+        f"{of_rmsprop}, and dialects.{dialect} takes `{foreign}`"
     )
     assert foreign in inspect.signature(getattr(dialects, dialect)).parameters
-    assert ours in inspect.signature(rmsprop).parameters
 
 
 @pytest.mark.parametrize(
@@ -206,6 +208,8 @@ MISMATCHED = [
         r"\['w'\].*; missing .*'b'.*; unexpected .*c",
     ),
     (jnp.ones(3), r"missing \['b'\], \['w'\]; unexpected the root"),
+    (None, r"missing \['b'\], \['w'\]$"),
+    (PARAMS | {"c": None}, r"unexpected \['c'\]$"),
 ]
 mismatched = pytest.mark.parametrize(
     ("gradients", "text"), MISMATCHED, ids=[row[1] for row in MISMATCHED]
@@ -221,7 +225,11 @@ def test_gradients_that_do_not_match_the_state(name, gradients, text):
         tx.update(gradients, tx.init(PARAMS))
 
 
-@mismatched
+@pytest.mark.parametrize(
+    ("gradients", "text"),
+    [row for row in MISMATCHED if row[0] is not None],
+    ids=[row[1] for row in MISMATCHED if row[0] is not None],
+)
 def test_gradients_that_do_not_match_the_parameters(gradients, text):
     tx = rmsprop(weight_decay=0.1)
     with pytest.raises(
@@ -255,8 +263,10 @@ def test_parameters_that_do_not_match_the_gradients(name):
     for params, text in [
         ({"w": PARAMS["w"]}, r"unexpected \['b'\]"),
         (PARAMS | {"b": jnp.ones(4)}, r"\['b'\] has shape \(3,\), expected \(4,\)"),
-        (PARAMS | {"b": None}, r"\['b'\] is an? .*, expected None"),
-        (PARAMS | {"b": "float32"}, r"\['b'\] is an? .*, expected a str"),
+        (PARAMS | {"b": jnp.arange(3)}, r"\['b'\] is an .* None beside int32"),
+        (PARAMS | {"b": jax.random.key(0)}, r"\['b'\] is an .* None beside key<fry>"),
+        (PARAMS | {"b": None}, r"\['b'\] is an array, expected None beside None"),
+        (PARAMS | {"b": "float32"}, r"\['b'\] is an array, expected None beside a str"),
     ]:
         with pytest.raises(ValueError, match=r"`updates` must .* of `params`: " + text):
             tx.update(PARAMS, state, params)

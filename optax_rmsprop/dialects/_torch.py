@@ -159,7 +159,7 @@ def _corrected(
     if not callable(weight_decay):
         weight_decay = _checks.number("weight_decay", weight_decay)
     if not callable(lr):
-        lr = _checks.number("lr", lr)
+        lr = _checks.number("lr", lr, below_0=_checks.ASCEND)
     return product(weight_decay, lr, 1 / max_lr)
 
 
