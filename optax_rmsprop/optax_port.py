@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from optax_rmsprop import _checks
 from optax_rmsprop._carry import report
-from optax_rmsprop._numerics import cast
+from optax_rmsprop._numerics import accumulator_dtype_of, cast
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
 
 # optax's states of averages, also those with a count, for which it exports no name.
@@ -229,24 +229,19 @@ class _Comparison:
 
 def _apart(got: Any, expected: Any, sizes: Any, tolerance: float) -> str | None:
     """Where two trees are too far apart, as far as the expected one is finite."""
-    rows = zip(*map(jax.tree.leaves, (got, expected, sizes)), strict=True)
-    for path, (x, y, size) in zip(_paths(expected), rows, strict=True):
-        x, y, size = (np.asarray(leaf, np.complex128).ravel() for leaf in (x, y, size))
-        known = np.isfinite(y)
-        if not known.any():
-            continue
-        errors = np.abs(x - y)[known]
-        worst = np.argmax(errors)
-        if not errors[worst] <= tolerance * np.abs(size[known]).max():
-            was, should = (v[known][worst] for v in (x, y))
-            real = not np.iscomplexobj(jax.tree.leaves(expected)[0])
-            was, should = (v.real if real else v for v in (was, should))
-            return f"{was:.6g} where it makes {should:.6g} at {path}"
+    rows = zip(*map(jax.tree.leaves, (got, sizes)), strict=True)
+    for (path, y), row in zip(tree_leaves_with_path(expected), rows, strict=True):
+        dtype = accumulator_dtype_of(y)
+        x, y, size = (jnp.asarray(leaf, dtype) for leaf in (row[0], y, row[1]))
+        known = jnp.isfinite(y)
+        errors = jnp.where(known, jnp.abs(x - y), 0)
+        limit = tolerance * jnp.max(jnp.where(known, jnp.abs(size), 0), initial=0)
+        if not (errors <= limit).all():
+            worst = np.unravel_index(np.argmax(errors), errors.shape)
+            was, should = (np.asarray(leaf)[worst] for leaf in (x, y))
+            where = keystr(path) or "the root"
+            return f"{was:.6g} where it makes {should:.6g} at {where}"
     return None
-
-
-def _paths(tree: Any) -> list[str]:
-    return [keystr(path) or "the root" for path, _ in tree_leaves_with_path(tree)]
 
 
 def _check_source(opt_state: optax.OptState, expected: optax.OptState) -> None:
