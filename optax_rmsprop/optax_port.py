@@ -60,9 +60,10 @@ def from_optax(
 
     The result is not taken on trust. Both transformations make updates of the same
     gradients, and the updates and all averages after each must agree, within about a
-    hundred roundings of the averages. So another learning rate, decay or place of eps
-    is found where it makes that much of a difference at the size of this run's
-    gradients. The sign of each trace is found in the same way.
+    hundred roundings of the averages (a thousand times that for the updates of a
+    centered form). So another learning rate, decay or place of eps is found where it
+    makes that much of a difference at the size of this run's gradients. The sign of
+    each trace is found in the same way.
 
     What cannot be exact: `var` has the rounding error of `nu - mu²`, as optax's own
     variance has. Where that is negative, and optax's next update NaN or too long, `var`
@@ -85,8 +86,9 @@ def from_optax(
       ValueError: an `opt_state` that is not of `source`; a `tx` whose state has other
         parts, or the same in another order (a learning rate inside the momentum buffer
         cannot be taken out); updates or averages that differ; a trace whose sign no
-        update shows; a count that is needed or contradicts the state; complex averages,
-        in which optax adds the squares of both parts.
+        update shows; averages that 64 updates do not change; a count that is needed or
+        contradicts the state; complex averages, in which optax adds the squares of both
+        parts.
 
     Warns:
       RuntimeWarning: an average holds NaN or infinity. It is carried as it is.
