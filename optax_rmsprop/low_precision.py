@@ -9,8 +9,6 @@ Where this differs from the 8-bit optimizers of bitsandbytes:
 4. A second moment does not become 0 where its scale is known: it would lengthen steps.
 """
 
-from __future__ import annotations  # so that pickles hold no types
-
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """RMSprop: the averaging transforms, momentum and weight decay in one chain."""
 
-from __future__ import annotations  # so that pickles hold no types
-
 from collections.abc import Callable
 from typing import Any
 

@@ -13,8 +13,6 @@ Where these differ from torch, optax, Keras and TensorFlow:
 6. Real and imaginary parts are separate numbers (as in torch; optax averages |g|²).
 """
 
-from __future__ import annotations  # so that pickles hold no types
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
