@@ -386,7 +386,8 @@ def report(broken: list[str]) -> None:
     if not broken:
         return
     package, level, frame = __name__.partition(".")[0], 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(package):
+    # Within exec, a frame may have no name.
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == package:
         frame, level = frame.f_back, level + 1
     warnings.warn(
         f"carried as it is, with NaN or infinity: {', '.join(broken)}; those "
