@@ -4,12 +4,13 @@ How XLA's CPU backend compiles these formulas decided their form (`benchmarks/st
 measures it): `jnp.minimum`, `jnp.clip` and `lax.clamp` cost three times the whole step
 where a select is free; and a held gradient shared by the state and the update is
 written out to memory, which doubles the step. So each use holds large values for
-itself: `cap` after squaring, `clip` before dividing.
+itself: `Moment` after squaring, `divide` before dividing.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,43 +29,114 @@ def clip(x: jax.Array, limit: float) -> jax.Array:
     return jnp.where(x > limit, limit, jnp.where(x < -limit, -limit, x))
 
 
-def cap(square: jax.Array, fraction: ArrayLike = 1) -> jax.Array:
-    """Hold a square at a fraction of the square of `largest`, even if it overflowed."""
-    limit = largest(square.dtype) ** 2 * fraction
-    return jnp.where(square > limit, limit, square)
+class Moment(NamedTuple):
+    """A second moment by its parts: decay * old + weight * x², the latter ≤ most."""
+
+    decay: jax.Array
+    old: jax.Array
+    weight: jax.Array
+    x: jax.Array
+    most: ArrayLike
+
+    @property
+    def is_held(self) -> jax.Array:
+        return self.weight * (self.x * self.x) > self.most
+
+    @property
+    def free_x(self) -> jax.Array:
+        """x where the moment depends on it."""
+        return jnp.where(self.is_held, 0, self.x)
+
+    @property
+    def value(self) -> jax.Array:
+        increment = self.weight * (self.free_x * self.free_x)
+        return self.decay * self.old + jnp.where(self.is_held, self.most, increment)
 
 
 def divide(
-    g: jax.Array, moment: jax.Array, eps: ArrayLike, eps_in_sqrt: bool
+    g: jax.Array, moment: Moment, eps: ArrayLike, eps_in_sqrt: bool
 ) -> jax.Array:
     """g / (√moment + eps), or g / √(moment + eps); 0/0 is 0.
 
     A second epsilon (1e-35 in float32) keeps the root's derivative and the quotient
-    finite at 0. It is lost in the rounding of every moment above 1e-27.
+    finite at 0. It is lost in the rounding of every moment above 1e-27. The quotient is
+    held at 1e30 (2¹⁰⁰): momentum can add 2²⁵ of them without an overflow.
     """
-    tiny = float(jnp.finfo(moment.dtype).tiny) * 2**10
-    eps = jnp.asarray(eps, moment.dtype)
-    above_0 = tiny + 0 * g  # NaN where g is infinite, which `clip` would hide
+    g = clip(g, largest(g.dtype)) + 0 * g  # NaN where g is infinite
+    return _term((1, 0, 1, 0), eps_in_sqrt, g, moment, jnp.asarray(eps, g.dtype))
+
+
+# Differentiated by the usual rules, the quotient passes the moment a cotangent of
+# -g / (2 * root * denominator²), which overflows where the root is small and g is not.
+# A deviation x of 0 has no influence on the moment, but infinity times 0 is NaN. So the
+# derivatives are formed as products that are finite, in which x stands beside the root:
+# |x| / root is at most 1/√weight. Reverse mode multiplies by the same numbers as
+# forward mode.
+#
+# All such products are terms of one kind, and so are the derivatives of terms. With
+#
+#     term(i, j, m, n) = gⁱ (x/root)ʲ / (denominatorᵐ rootⁿ)
+#     d root = (weight * x * dx + (old * d decay + ...) / 2) / root
+#
+# the rule below is that of powers. It keeps the derivatives of any order finite.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _term(
+    powers: tuple[int, int, int, int],
+    eps_in_sqrt: bool,
+    g: jax.Array,
+    moment: Moment,
+    eps: jax.Array,
+) -> jax.Array:
+    i, j, m, n = powers
+    least = g / _room(g.dtype)  # below it the quotient would be out of range
+    above_0 = float(jnp.finfo(g.dtype).tiny) * 2**10 + least * least
     if eps_in_sqrt:
-        denominator = jnp.sqrt(moment + (eps + above_0))
+        root = denominator = jnp.sqrt(moment.value + (eps + above_0))
     else:
-        denominator = jnp.sqrt(moment + above_0) + eps
-    return _quotient(clip(g, largest(g.dtype)), denominator)
+        root = jnp.sqrt(moment.value + above_0)
+        denominator = root + eps
+    # No quotient is divided again: XLA would multiply the divisors, which may give 0.
+    factors = j * [moment.free_x / root] + (m - 1) * [1 / denominator] + n * [1 / root]
+    return math.prod(factors, start=(g if i else 1) / denominator)
 
 
-@jax.custom_jvp
-def _quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-    return a / b
-
-
-@_quotient.defjvp
-def _quotient_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+@_term.defjvp
+def _term_jvp(
+    powers: tuple[int, int, int, int],
+    eps_in_sqrt: bool,
+    primals: tuple[jax.Array, Moment, jax.Array],
+    tangents: tuple[jax.Array, Moment, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """The rule of `/` but for its order: a * db overflows where a and b are huge."""
-    (a, b), (da, db) = primals, tangents
-    quotient = _quotient(a, b)
-    return quotient, da / b - quotient * (db / b)
+    (i, j, m, n), (_, moment, _), (dg, d, deps) = powers, primals, tangents
+    limit = _room(moment.old.dtype)
+
+    def term(*powers: int) -> jax.Array:
+        return clip(_term(powers, eps_in_sqrt, *primals), limit)
+
+    held = moment.is_held
+    d_increment = d.weight * (moment.free_x * moment.free_x)
+    d_moment = d.decay * moment.old + moment.decay * d.old
+    d_moment += jnp.where(held, d.most, d_increment)
+    dx = jnp.where(held, 0, d.x)
+    by_root_x = (j + n) * term(i, j + 1, m, n + 1) + m * term(i, j + 1, m + 1, n)
+    by_moment = (j + n) * term(i, j, m, n + 2) + m * term(i, j, m + 1, n + 1)
+    tangent = -by_root_x * moment.weight * dx - by_moment * (d_moment / 2)
+    if i:
+        tangent += term(i - 1, j, m, n) * dg
+    if j:
+        tangent += j * term(i, j - 1, m, n + 1) * dx
+    if eps_in_sqrt:
+        tangent -= by_moment * (deps / 2)
+    else:
+        tangent -= m * term(i, j, m + 1, n) * deps
+    return _term(powers, eps_in_sqrt, *primals), tangent
+
+
+def _room(dtype: DTypeLike) -> float:
+    """A limit that leaves 28 bits for sums and for factors: 2¹⁰⁰ in float32."""
+    return 2.0 ** (jnp.finfo(dtype).maxexp - 28)
 
 
 def accumulator_dtype_of(leaf: ArrayLike, real: DTypeLike | None = None) -> np.dtype:

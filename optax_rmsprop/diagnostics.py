@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_rmsprop import _checks
-from optax_rmsprop._numerics import by_parts, divide
+from optax_rmsprop._numerics import Moment, by_parts, divide
 from optax_rmsprop.low_precision import CompressedState, decompress_state
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
 
@@ -91,8 +91,12 @@ def diagnose(
     largest = jnp.sqrt(eps) if eps_in_sqrt else eps
 
     def over_root(numerator: ArrayLike, moment: jax.Array) -> jax.Array:
-        numerator = jnp.asarray(numerator, jnp.finfo(moment.dtype).dtype)
-        return by_parts(lambda x: divide(numerator, x, eps, eps_in_sqrt), moment)
+        def leaf(moment: jax.Array) -> jax.Array:
+            zero, one, top = (jnp.asarray(x, moment.dtype) for x in (0, 1, numerator))
+            steady = Moment(one, moment, zero, zero, zero)
+            return divide(top, steady, eps, eps_in_sqrt)
+
+        return by_parts(leaf, moment)
 
     moments = state.nu if isinstance(state, ScaleByRmsState) else state.var
     return Diagnosis(

@@ -8,7 +8,7 @@ Where these differ from torch, optax, Keras and TensorFlow:
 2. Averages are kept in at least float32, for float16 and bfloat16 parameters too.
 3. A gradient beyond half the root of the largest finite number (9e18 in float32) is
    held there, so that its square is finite and its step keeps its bound.
-4. 0/0 is 0, also with eps=0, and its derivative is finite.
+4. 0/0 is 0, also with eps=0. Its derivatives are finite, and the same in both modes.
 5. Bias correction is a schedule of the decay, not a division of the state.
 6. Real and imaginary parts are separate numbers (as in torch; optax averages |g|²).
 """
@@ -26,9 +26,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_rmsprop import _checks
 from optax_rmsprop._numerics import (
+    Moment,
     accumulator_dtype_of,
     by_parts,
-    cap,
     cast,
     clip,
     divide,
@@ -73,22 +73,21 @@ class ScaleByStddevState(NamedTuple):
 # times as long.
 
 
-def _next_nu(d: jax.Array, a: jax.Array, nu: jax.Array, g: jax.Array) -> jax.Array:
-    return d * nu + a * cap(g * g)
+def _next_nu(d: jax.Array, a: jax.Array, g: jax.Array, nu: jax.Array) -> Moment:
+    return Moment(d, nu, a, g, a * largest(g.dtype) ** 2)
 
 
-def _next_mu(d: jax.Array, a: jax.Array, mu: jax.Array, g: jax.Array) -> jax.Array:
+def _next_mu(d: jax.Array, a: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
     # Holding g instead of a*g would share an expression with the update: see _numerics.
     return d * mu + clip(a * g, largest(g.dtype))
 
 
 def _next_var(
-    d: jax.Array, a: jax.Array, var: jax.Array, g: jax.Array, mu: jax.Array
-) -> jax.Array:
+    d: jax.Array, a: jax.Array, g: jax.Array, var: jax.Array, mu: jax.Array
+) -> Moment:
     # d is 0 in the first bias-corrected update, when mu = g and the variance is 0.
     above_0 = jnp.where(d > jnp.finfo(d.dtype).tiny, d, 1)
-    deviation = g - mu
-    return d * var + a / above_0 * cap(deviation * deviation, above_0)
+    return Moment(d, var, a / above_0, g - mu, a * largest(g.dtype) ** 2)
 
 
 @_checks.knows_foreign_names
@@ -167,8 +166,10 @@ def scale_by_rms(
         _checks.belong(updates, params, state.nu)
         count = optax.safe_increment(state.count)
         weights = _averaging_weights(decay, count, bias_correction)
-        nu = _advance(_next_nu, weights, state.nu, updates)
-        updates = _rescale(updates, params, nu, eps, eps_in_sqrt)
+        nu = _advance(_next_nu, weights, updates, state.nu)
+        updates = _rescale(
+            _next_nu, weights, eps, eps_in_sqrt, params, updates, state.nu
+        )
         return updates, ScaleByRmsState(count, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -252,9 +253,11 @@ def scale_by_stddev(
         _checks.belong(updates, params, state.mu, state.var)
         count = optax.safe_increment(state.count)
         weights = _averaging_weights(decay, count, bias_correction)
-        mu = _advance(_next_mu, weights, state.mu, updates)
-        var = _advance(_next_var, weights, state.var, updates, mu)
-        updates = _rescale(updates, params, var, eps, eps_in_sqrt)
+        mu = _advance(_next_mu, weights, updates, state.mu)
+        var = _advance(_next_var, weights, updates, state.var, mu)
+        updates = _rescale(
+            _next_var, weights, eps, eps_in_sqrt, params, updates, state.var, mu
+        )
         return updates, ScaleByStddevState(count, mu, var)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -317,36 +320,45 @@ def _averaging_weights(
 
 
 def _advance(
-    recurrence: Callable[..., jax.Array],
+    recurrence: Callable[..., jax.Array | Moment],
     weights: tuple[ArrayLike, ArrayLike],
-    slot: optax.Updates,
     updates: optax.Updates,
-    *newer: optax.Updates,
+    *slots: optax.Updates,
 ) -> optax.Updates:
-    """Apply a recurrence to every leaf of a slot; one without gradient stays."""
+    """Apply a recurrence to every leaf of its slot; one without gradient stays."""
 
-    def leaf(g: Any, old: jax.Array, *newer: jax.Array) -> jax.Array:
-        return old if g is None else _advance_leaf(recurrence, weights, old, g, *newer)
+    def leaf(g: Any, *slots: jax.Array) -> jax.Array:
+        return slots[0] if g is None else _advance_leaf(recurrence, weights, g, *slots)
 
-    return jax.tree.map(leaf, updates, slot, *newer, is_leaf=lambda x: x is None)
+    return jax.tree.map(leaf, updates, *slots, is_leaf=lambda x: x is None)
 
 
 def _rescale(
-    updates: optax.Updates,
-    params: optax.Params | None,
-    moment: optax.Updates,
+    recurrence: Callable[..., Moment],
+    weights: tuple[ArrayLike, ArrayLike],
     eps: ArrayLike,
     eps_in_sqrt: bool,
+    params: optax.Params | None,
+    updates: optax.Updates,
+    *slots: optax.Updates,
 ) -> optax.Updates:
-    """Divide every gradient by its denominator."""
+    """Divide every gradient by its denominator.
 
-    def leaf(g: Any, moment: jax.Array, p: Any = None) -> jax.Array | None:
+    The moment is given by its parts, which its derivatives need; where the whole update
+    is compiled, it is computed once.
+    """
+
+    def leaf(g: Any, *slots: jax.Array, p: Any = None) -> jax.Array | None:
         if g is None:
             return None
-        return _rescale_leaf(g, moment, eps, eps_in_sqrt, update_dtype_of(g, p))
+        dtype = update_dtype_of(g, p)
+        return _rescale_leaf(recurrence, eps_in_sqrt, dtype, weights, eps, g, *slots)
 
-    trees = (updates, moment) if params is None else (updates, moment, params)
-    return jax.tree.map(leaf, *trees, is_leaf=lambda x: x is None)
+    is_leaf = lambda x: x is None  # noqa: E731
+    if params is None:
+        return jax.tree.map(leaf, updates, *slots, is_leaf=is_leaf)
+    with_p = lambda g, p, *slots: leaf(g, *slots, p=p)  # noqa: E731
+    return jax.tree.map(with_p, updates, params, *slots, is_leaf=is_leaf)
 
 
 # Compiled by themselves where update is not: one call a leaf instead of a dozen. Under
@@ -355,25 +367,34 @@ def _rescale(
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _advance_leaf(
-    recurrence: Callable[..., jax.Array],
+    recurrence: Callable[..., jax.Array | Moment],
     weights: tuple[ArrayLike, ArrayLike],
-    old: jax.Array,
     g: jax.Array,
-    *newer: jax.Array,
+    *slots: jax.Array,
 ) -> jax.Array:
-    d, a = (jnp.asarray(w, jnp.finfo(old.dtype).dtype) for w in weights)
-    return by_parts(
-        functools.partial(recurrence, d, a), old, cast(g, old.dtype), *newer
-    )
+    def advanced(*leaves: jax.Array) -> jax.Array:
+        new = recurrence(*_of_dtype(weights, leaves[0]), *leaves)
+        return new.value if isinstance(new, Moment) else new
+
+    return by_parts(advanced, cast(g, slots[0].dtype), *slots)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _rescale_leaf(
-    g: jax.Array,
-    moment: jax.Array,
-    eps: ArrayLike,
+    recurrence: Callable[..., Moment],
     eps_in_sqrt: bool,
     dtype: DTypeLike,
+    weights: tuple[ArrayLike, ArrayLike],
+    eps: ArrayLike,
+    g: jax.Array,
+    *slots: jax.Array,
 ) -> jax.Array:
-    quotient = functools.partial(divide, eps=eps, eps_in_sqrt=eps_in_sqrt)
-    return cast(by_parts(quotient, cast(g, moment.dtype), moment), dtype)
+    def quotient(*leaves: jax.Array) -> jax.Array:
+        moment = recurrence(*_of_dtype(weights, leaves[0]), *leaves)
+        return divide(leaves[0], moment, eps, eps_in_sqrt)
+
+    return cast(by_parts(quotient, cast(g, slots[0].dtype), *slots), dtype)
+
+
+def _of_dtype(weights: tuple[ArrayLike, ArrayLike], x: jax.Array) -> list[jax.Array]:
+    return [jnp.asarray(weight, x.dtype) for weight in weights]

@@ -154,6 +154,17 @@ def test_the_largest_numbers_stay_finite(scale_by, bias_correction, decay, dtype
     assert is_finite(updates)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_momentum_of_steady_centered_gradients_is_finite(dtype, nesterov):
+    sizes = jnp.asarray([[1.0, 1e18, float(jnp.finfo(dtype).max)]], dtype)
+    options = {"centered": True, "bias_correction": True, "eps": 0.0}
+    tx = rmsprop(momentum=1 - 2**-25, nesterov=nesterov, **options)
+    updates, state = train(tx, jnp.repeat(sizes, 2000, 0))
+    assert is_finite(updates)
+    assert is_finite(state)
+
+
 @pytest.mark.parametrize("decay", [1e-45, 1e-38, 1e-30])
 def test_next_to_no_memory_is_finite(decay):
     gradients = jnp.ones((3, 1), jnp.float32)

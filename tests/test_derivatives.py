@@ -1,0 +1,205 @@
+"""Derivatives through updates: right, finite, and in both modes the same.
+
+Forward mode goes through the formulas in their order. Reverse mode goes backwards, and
+may overflow on its way to a number that is finite.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optax_rmsprop import rmsprop, scale_by_rms, scale_by_stddev
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+BOTH = [scale_by_rms, scale_by_stddev]
+STEPS = 4
+OPTIONS = [
+    {"bias_correction": bias_correction, "eps_in_sqrt": eps_in_sqrt}
+    for bias_correction in (False, True)
+    for eps_in_sqrt in (False, True)
+]
+
+
+def updates_of(arguments, scale_by, **options):
+    gradients, numbers = arguments
+    tx = scale_by(**numbers, **options)
+
+    def step(state, g):
+        updates, state = tx.update(g, state)
+        return state, updates
+
+    return jax.lax.scan(step, tx.init(gradients[0]), gradients)[1]
+
+
+def textbook_updates_of(arguments, scale_by, bias_correction, eps_in_sqrt):
+    gradients, numbers = arguments
+    old, mean, updates = numbers["initial_scale"], 0.0, []
+    under, outside = (numbers["eps"] * float(x) for x in (eps_in_sqrt, not eps_in_sqrt))
+    for t, g in enumerate(gradients, start=1):
+        a = 1 - numbers["decay"]
+        a = a / (1 - numbers["decay"] ** t) if bias_correction else a
+        square = g**2 if scale_by is scale_by_rms else (1 - a) * (g - mean) ** 2
+        old = (1 - a) * old + a * square
+        mean = (1 - a) * mean + a * g
+        updates.append(g / (jnp.sqrt(old + under) + outside))
+    return jnp.stack(updates)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("scale_by", BOTH)
+def test_first_and_second_derivatives_are_those_of_the_textbook(scale_by, options):
+    scale = 1.0 - options["bias_correction"]
+    numbers = {"decay": 0.7, "eps": 0.1, "initial_scale": scale}
+    numbers = {name: jnp.float64(x) for name, x in numbers.items()}
+    at = jnp.array([0.3, -1.0, 0.2]), numbers
+    ours, exact = (
+        functools.partial(f, scale_by=scale_by, **options)
+        for f in (updates_of, textbook_updates_of)
+    )
+    for derivatives in (jax.jacfwd, jax.jacrev, jax.hessian):
+        leaves = (jax.tree.leaves(jax.jit(derivatives(f))(at)) for f in (ours, exact))
+        for got, expected in zip(*leaves, strict=True):
+            assert jnp.isfinite(got).all()
+            # The textbook's root has none where the first centered variance is 0.
+            expected = jnp.where(jnp.isfinite(expected), expected, got)
+            np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("scale_by", "bias_correction", "eps_in_sqrt")
+)
+def jacobians(arguments, **options):
+    f = functools.partial(updates_of, **options)
+    return f(arguments), jax.jacfwd(f)(arguments), jax.jacrev(f)(arguments)
+
+
+SHAPES = [
+    [1, 1, 1, 1],
+    [1, 1 + 1e-6, 1, 1],
+    [0, 0, 1, 0],
+    [1, 0, 0, 0],
+    [0, 0, 0, 0],
+    [1, -1, 3, 0.1],
+    [1e-9, 1, 1, 1],
+]
+# Observed: 1.2e-6 and 6e-15. Terms are summed that may cancel.
+RTOL = {"float32": 1e-5, "float64": 1e-13}
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(
+    dtype=st.sampled_from(list(RTOL)),
+    scale_by=st.sampled_from(BOTH),
+    bias_correction=st.booleans(),
+    eps_in_sqrt=st.booleans(),
+    shape=st.sampled_from(SHAPES),
+    size=st.integers(-20, 15).map(lambda x: 10.0**x),
+    decay=st.sampled_from([0.01, 0.5, 0.9, 0.9999]),
+    eps=st.sampled_from([0.0, 1e-30, 1e-8, 1.0]),
+    initial_scale=st.sampled_from([0.0, 1e-30, 1.0]),
+)
+def test_reverse_mode_agrees_with_forward_mode(
+    dtype, shape, size, initial_scale, decay, eps, **options
+):
+    if options["bias_correction"]:
+        initial_scale = 0.0
+    numbers = {"decay": decay, "eps": eps, "initial_scale": initial_scale}
+    gradients = jnp.asarray(np.array(shape) * size, dtype)
+    numbers = {name: jnp.asarray(x, dtype) for name, x in numbers.items()}
+    updates, forward, reverse = jacobians((gradients, numbers), **options)
+    assert jnp.isfinite(updates).all()
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(forward))
+
+    # Derivatives are sums of terms, which may cancel, of about this size.
+    sizes = abs(gradients)[None]
+    terms = jnp.max(abs(forward[0]) * sizes, 1) + abs(updates)
+    by_gradients = jnp.where(
+        sizes > 0, terms[:, None] / sizes, abs(forward[0]).max(1)[:, None]
+    )
+    atol = (
+        by_gradients,
+        {
+            "decay": terms / (1 - numbers["decay"]),
+            "eps": jnp.zeros(STEPS),
+            "initial_scale": jnp.zeros(STEPS),
+        },
+    )
+
+    def check(one, other, atol):
+        one, other, atol = (np.asarray(x, np.float64) for x in (one, other, atol))
+        assert np.all(abs(one - other) <= RTOL[dtype] * (abs(one) + atol))
+
+    jax.tree.map(check, forward, reverse, atol)
+
+
+STEADY = [(0.9, 1e-8, 3, 3e5), (0.5, 0.0, 100, 1.0), (0.5, 0.0, 400, 1.0)]
+
+
+@pytest.mark.parametrize("dtype", list(RTOL))
+@pytest.mark.parametrize(("decay", "eps", "steps", "g"), STEADY)
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_a_steady_gradient_has_derivatives(
+    bias_correction, decay, eps, steps, g, dtype
+):
+    tx = scale_by_stddev(decay, eps, bias_correction=bias_correction)
+
+    def last(gradients):
+        step = lambda state, g: tx.update(g, state)[::-1]  # noqa: E731
+        return jax.lax.scan(step, tx.init(gradients[0]), gradients)[1][-1]
+
+    gradients = jnp.full(steps, g, dtype)
+    forward, reverse = jax.jacfwd(last)(gradients), jax.jacrev(last)(gradients)
+    assert jnp.isfinite(forward).all()
+    terms = abs(forward).max() + abs(last(gradients) / g)
+    np.testing.assert_allclose(reverse, forward, atol=RTOL[dtype] * terms)
+
+
+def test_the_first_bias_corrected_centered_step():
+    tx = rmsprop(centered=True, bias_correction=True, eps=0.0)
+    f = lambda g: tx.update(g, tx.init(g))[0]  # noqa: E731
+    g = jnp.float32(1)
+    np.testing.assert_allclose(jax.grad(f)(g), f(g), rtol=1e-6)  # it is linear
+    np.testing.assert_allclose(jax.jacfwd(f)(g), f(g), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", list(RTOL))
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("scale_by", BOTH)
+def test_second_derivatives_at_a_zero_gradient(scale_by, options, dtype):
+    numbers = {"decay": 0.9, "eps": 0.0, "initial_scale": 0.0}
+    numbers = {name: jnp.asarray(x, dtype) for name, x in numbers.items()}
+    at = jnp.zeros(2, dtype), numbers
+    f = functools.partial(updates_of, scale_by=scale_by, **options)
+    one, other = (
+        jax.tree.leaves(jax.jit(outer(jax.jacrev(f)))(at))
+        for outer in (jax.jacfwd, jax.jacrev)
+    )
+    for x, y in zip(one, other, strict=True):
+        assert jnp.isfinite(x).all()
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_derivatives_by_the_initial_parameters(eps, momentum, centered):
+    tx = rmsprop(0.1, eps=eps, momentum=momentum, centered=centered, weight_decay=1e-2)
+
+    def last_loss(params):
+        loss = lambda p: jnp.sum(jnp.where(p > 0, p, 0) ** 2)  # noqa: E731
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            params = params + updates
+        return loss(params)
+
+    params = jnp.array([1.0, 0.0, -1.0, 1e-12], jnp.float32)
+    forward, reverse = jax.jacfwd(last_loss)(params), jax.grad(last_loss)(params)
+    assert jnp.isfinite(forward).all()
+    np.testing.assert_allclose(reverse, forward, rtol=1e-4, atol=1e-5)
