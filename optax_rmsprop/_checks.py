@@ -1,9 +1,13 @@
-"""Errors that name the argument, the rule, the value and the remedy."""
+"""Errors that name the argument, the rule, the value and the remedy.
+
+No message has more than 600 characters. What can be of any length goes into it through
+`shown`, `short` or `some`.
+"""
 
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -11,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.tree_util import GetAttrKey, SequenceKey, keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
+from optax import ScalarOrSchedule
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -29,6 +34,32 @@ FOREIGN = {
 }
 
 
+def short(text: str, most: int = 160) -> str:
+    """A text or, if it is longer than `most`, its two ends."""
+    end = most // 2 - 2
+    return text if len(text) <= most else f"{text[:end]} ... {text[-end:]}"
+
+
+def shown(value: Any) -> str:
+    """A value in few characters."""
+    try:
+        return short(repr(value), 100)
+    except Exception:  # Python writes no integer of more than 4300 digits
+        return kind_of(value)
+
+
+def some(texts: list[str], between: str = ", ", most: int = 200) -> str:
+    """As many texts as `most` characters hold, at least one, and how many more."""
+    found: list[str] = []
+    length = 0
+    for text in texts:
+        length += len(text) + len(between)
+        if found and length > most:
+            return f"{between.join(found)}{between}and {len(texts) - len(found)} more"
+        found.append(text)
+    return between.join(found)
+
+
 def knows_foreign_names(function: Function) -> Function:
     """Let the error about another framework's argument say what it is called here."""
 
@@ -39,8 +70,8 @@ def knows_foreign_names(function: Function) -> Function:
             own = ours in inspect.signature(function).parameters
             where = "" if own else " of rmsprop()"
             raise TypeError(
-                f"{function.__name__}() takes no `{name}`, got {kwargs[name]!r}; here "
-                f"it is `{ours}`{where}, and dialects.{dialect} takes `{name}`"
+                f"{function.__name__}() takes no `{name}`, got {shown(kwargs[name])}; "
+                f"here it is `{ours}`{where}, and dialects.{dialect} takes `{name}`"
             )
         return function(*args, **kwargs)
 
@@ -67,25 +98,27 @@ def number(
     `hint` ends every error about it, `below_0` that about a negative number.
     """
     rule = f"`{name}` must be a number in {'[' if zero else '('}0, {high:g})"
-    numeric = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
-    if not numeric or isinstance(value, bool) or np.iscomplexobj(value):
-        if callable(value):
+    if not is_real(value):
+        if callable(value) and not isinstance(value, type):
             hint = "; to schedule it use optax.inject_hyperparams"
-        raise TypeError(f"{rule}, got {value!r}{hint}")
+        elif isinstance(value, jax.Array) and jnp.iscomplexobj(value):
+            hint = _HYPERPARAM_DTYPE
+        raise TypeError(f"{rule}, got {shown(value)}{hint}")
     if np.ndim(value) != 0:
         raise TypeError(
-            f"{rule}, got an array of shape {np.shape(value)}; use jax.vmap to run "
-            "many values at once"
+            f"{rule}, got an array of shape {np.shape(value)}{hint}; use jax.vmap to "
+            "run many values at once"
         )
     # Within jax.jit, operations on an array make a tracer, also if it is none itself.
-    known = None if isinstance(value, Tracer) else float(value)
+    known = None if isinstance(value, Tracer) else _float(value)
+    got = shown(value) if known is None or math.isinf(known) else f"{known:g}"
     if isinstance(value, jax.Array):
         if not jnp.issubdtype(value.dtype, jnp.floating):
             value = value.astype(jnp.float32)
         if jnp.finfo(value.dtype).bits < 32:
             raise TypeError(
                 f"{rule} in at least float32, got {value.dtype}, which rounds 0.999 to "
-                "1; with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32"
+                f"1{_HYPERPARAM_DTYPE}"
             )
     else:
         value = known
@@ -93,10 +126,51 @@ def number(
         within = 0 <= known < high if zero else 0 < known < high
         if not within:
             why = below_0 if known < 0 else ""
-            raise ValueError(f"{rule}, got {known:g}{hint}{why}")
+            raise ValueError(f"{rule}, got {got}{hint}{why}")
         if known > float(jnp.finfo(jnp.float32).max):
             raise ValueError(f"{rule}, got {known}, which is infinite in float32")
     return value
+
+
+# optax.inject_hyperparams makes all numbers arrays in the dtype of the parameters.
+_HYPERPARAM_DTYPE = "; with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32"
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a real number or an array of real numbers."""
+    if not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
+        return False
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    dtype = dtype_of(value)
+    kinds = jnp.integer, jnp.floating
+    return dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf if value > 0 else -math.inf
+
+
+def schedule(name: str, value: Any, **rules: Any) -> ScalarOrSchedule:
+    """Check a number as `number` does; a schedule comes back with a check of its own.
+
+    That check is of each number that the schedule returns. The values of JAX arrays are
+    left out of it: under `jax.jit` they are not known.
+    """
+    if isinstance(value, type) or not callable(value):
+        return number(name, value, **rules)
+
+    def checked(count: Any) -> Any:
+        result = value(count)
+        is_array = isinstance(result, jax.Array) and result.ndim == 0
+        if not (is_array and is_real(result)):
+            number(name, result, hint=" from its schedule")
+        return result
+
+    return checked
 
 
 def is_off(value: ArrayLike) -> bool:
@@ -108,18 +182,18 @@ def flags(**options: Any) -> None:
     """Check options that choose the program, which a traced value cannot do."""
     for name, value in options.items():
         if not isinstance(value, bool | np.bool_):
-            raise TypeError(f"`{name}` must be True or False, got {value!r}")
+            raise TypeError(f"`{name}` must be True or False, got {shown(value)}")
 
 
 def integer(name: str, value: Any, *, high: float = math.inf) -> int:
     """Check a Python or NumPy integer against [0, high)."""
     rule = f"`{name}` must be an integer in [0, {high:g})"
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+    if not isinstance(value, int | np.integer) or not is_real(value):
         raise TypeError(
-            f"{rule}, got {value!r}; it chooses the program: do not trace it"
+            f"{rule}, got {shown(value)}; it chooses the program: do not trace it"
         )
     if not 0 <= value < high:
-        raise ValueError(f"{rule}, got {value}")
+        raise ValueError(f"{rule}, got {shown(value)}")
     return int(value)
 
 
@@ -130,10 +204,11 @@ def prng_key(name: str, value: Any) -> None:
         is_key = np.shape(value) == ()
     else:
         raw = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-        is_key = (np.shape(value), dtype) == (raw.shape, raw.dtype)
+        is_key = dtype == raw.dtype and np.shape(value) == raw.shape
     if not is_key:
         raise TypeError(
-            f"`{name}` must be one PRNG key, got {value!r}; jax.random.key(0) makes one"
+            f"`{name}` must be one PRNG key, got {shown(value)}; jax.random.key(0) "
+            "makes one"
         )
 
 
@@ -145,15 +220,13 @@ def real_dtype(name: str, dtype: Any) -> None:
     """Check the dtype of an accumulator: None, float32, or float64 in 64-bit mode."""
     if isinstance(dtype, jax.Array | np.ndarray | np.generic):
         raise TypeError(
-            f"`{name}` must be a dtype, got {dtype}" + _INJECTED.format(name)
+            f"`{name}` must be a dtype, got {shown(dtype)}" + _INJECTED.format(name)
         )
     if dtype is None:
         return
     allowed = sorted({"float32", jax.dtypes.canonicalize_dtype(jnp.float64).name})
-    try:
-        given = jnp.dtype(dtype).name
-    except TypeError:
-        given = repr(dtype)
+    known = _dtype(dtype)
+    given = shown(dtype) if known is None else known.name
     if given not in allowed:
         why = "an average in fewer bits stops moving"
         if given == "float64":
@@ -165,28 +238,40 @@ def real_dtype(name: str, dtype: Any) -> None:
 
 def storage_dtype(name: str, dtype: Any) -> np.dtype:
     """Check the dtype in which to keep a state: bfloat16 or uint8."""
-    try:
-        given = jnp.dtype(dtype)
-    except TypeError:
+    given = _dtype(dtype)
+    if given is None:
         raise ValueError(
-            f"`{name}` must be bfloat16 or uint8, got {dtype!r}; pass jnp.uint8"
-        ) from None
+            f"`{name}` must be bfloat16 or uint8, got {shown(dtype)}; pass jnp.uint8"
+        )
     if given not in (jnp.bfloat16, jnp.uint8):
         why = "it saves nothing: leave compress_state out"
         if given.itemsize == 1:
             why = "uint8 has a scale and more range in the same byte"
         elif given.itemsize == 2:
             why = "bfloat16 has the range of float32 in the same bytes"
-        raise ValueError(f"`{name}` must be bfloat16 or uint8, got {given}; {why}")
+        raise ValueError(
+            f"`{name}` must be bfloat16 or uint8, got {short(str(given))}; {why}"
+        )
     return given
+
+
+def _dtype(value: Any) -> np.dtype | None:
+    """What a value says as a dtype; None if it is none."""
+    if value is None or isinstance(value, jax.Array | np.ndarray | np.generic):
+        return None
+    try:
+        return jnp.dtype(value)
+    except Exception:  # for texts NumPy has more than one kind of error
+        return None
 
 
 def stored_as(name: str, leaf: Any, dtype: np.dtype, path: Any) -> None:
     """Check the dtype in which an array of a state has been kept."""
-    if leaf.dtype != dtype:
+    given = dtype_of(leaf)
+    if given != dtype:
         raise ValueError(
-            f"`{name}` must be compressed to {dtype}, got {leaf.dtype} at {_at(path)}; "
-            "use the dtype with which it was made, or call init again"
+            f"`{name}` must be compressed to {dtype}, got {given or kind_of(leaf)} at "
+            f"{at(path)}; use the dtype with which it was made, or call init again"
         )
 
 
@@ -197,30 +282,70 @@ def mask(name: str, value: Any) -> Callable[[Any], Any] | None:
     the form of an Equinox model, which is callable, and would take a
     `jax.tree_util.Partial`, which is a tree without leaves, for a tree.
     """
+    if value is None:
+        return None
     leaves = tree_flatten_with_path(value)[0]
-    if callable(value) and all(path == () for path, _ in leaves):
-        return lambda params: value(params)
-    for path, leaf in leaves:
-        if path == () or not isinstance(leaf, bool | np.bool_):
-            raise TypeError(
-                f"`{name}` must be a function or a tree of True and False, got {leaf} "
-                f"at {_at(path)}" + _INJECTED.format(name)
+    is_function = callable(value) and all(path == () for path, _ in leaves)
+    is_function &= not isinstance(value, type)
+    if not is_function:
+        _booleans(name, value, alone=False, remedy=_INJECTED.format(name))
+
+    def checked(params: Any) -> Any:
+        tree = value(params) if is_function else value
+        _booleans(name, tree)
+        structure = jax.tree.structure(tree)
+        if not fits(structure, params):
+            given, expected = (
+                dict(tree_flatten_with_path(t)[0]) for t in (tree, params)
             )
-    return None if value is None else lambda params: value
+            # What is True or False for a whole tree stands for all that is in it.
+            starts = ([path[:i] for i in range(len(path) + 1)] for path in expected)
+            of_each = [next(filter(given.__contains__, s), s[-1]) for s in starts]
+            problems = _other_paths(given, dict.fromkeys(of_each))
+            raise ValueError(
+                f"`{name}` must have the structure of the parameters or a prefix of "
+                "it: "
+                + "; ".join(problems or [trees(structure, jax.tree.structure(params))])
+            )
+        return tree
+
+    return checked
+
+
+def _booleans(name: str, tree: Any, *, alone: bool = True, remedy: str = "") -> None:
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        if (
+            dtype_of(leaf) != np.bool_
+            or np.shape(leaf) != ()
+            or isinstance(leaf, Tracer)
+            or (path == () and not alone)
+        ):
+            raise TypeError(
+                f"`{name}` must be a tree of True and False or a function that returns "
+                f"one, got {shown(leaf)} at {at(path)}{remedy}"
+            )
 
 
 def inexact(name: str, leaf: Any, path: Any, *, remedy: str, real: bool) -> None:
     """Check that a leaf is floating point or, unless `real`, complex."""
     dtype, kind = dtype_of(leaf), jnp.floating if real else jnp.inexact
     if dtype is not None and jnp.issubdtype(dtype, kind):
-        return
-    if dtype == jax.dtypes.float0:
+        if _has_sign_and_zero(dtype):
+            return
+        dtype = f"{dtype}, which has neither sign nor 0,"
+    elif dtype == jax.dtypes.float0:
         dtype = "float0"
         remedy = "the gradient of an integer: give None in its place"
     raise TypeError(
         f"`{name}` must be floating point{'' if real else ' or complex'}, got "
-        f"{_kind(leaf) if dtype is None else dtype} at {_at(path)}; {remedy}"
+        f"{kind_of(leaf) if dtype is None else dtype} at {at(path)}; {remedy}"
     )
+
+
+@functools.cache
+def _has_sign_and_zero(dtype: Any) -> bool:
+    """False for float8_e8m0fnu, which is made for scales."""
+    return np.array_equal(np.array([-1, 0], dtype).astype(complex), [-1, 0])
 
 
 def dtype_of(leaf: Any) -> Any:
@@ -233,9 +358,11 @@ def dtype_of(leaf: Any) -> Any:
         return jax.dtypes.float0
     if leaf is None or isinstance(leaf, str | type | np.dtype):
         return None
+    if isinstance(leaf, jax.Array):  # the quick way
+        return leaf.dtype
     try:
         return jnp.result_type(leaf)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -244,7 +371,7 @@ def not_integer(name: str, leaf: Any, path: Any) -> None:
     if jnp.issubdtype(jnp.result_type(leaf), jnp.integer):
         raise ValueError(
             f"`{name}` must keep floating-point numbers in a parameter's shape, got "
-            f"{jnp.result_type(leaf)} at {_at(path)}; leave integer parameters out "
+            f"{jnp.result_type(leaf)} at {at(path)}; leave integer parameters out "
             "with optax.masked"
         )
 
@@ -280,32 +407,112 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
         of_leaf = leaves[path]
         dtype = dtype_of(of_leaf)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-            beside = _kind(of_leaf) if dtype is None else dtype
-            problems.append(f"{_at(path)} is an array, expected None beside {beside}")
+            beside = kind_of(of_leaf) if dtype is None else dtype
+            problems.append(f"{at(path)} is an array, expected None beside {beside}")
             continue
         real = not jnp.iscomplexobj(of_leaf)
         inexact(name, leaf, path, remedy=f"compare with {like}", real=real)
         if np.shape(leaf) != np.shape(of_leaf):
             problems.append(
-                f"{_at(path)} has shape {np.shape(leaf)}, expected {np.shape(of_leaf)}"
+                f"{at(path)} has shape {np.shape(leaf)}, expected {np.shape(of_leaf)}"
             )
     problems += _other_paths(found, leaves)
     if not problems and not fits(given_tree, expected):
-        unexpected = f"unexpected {', '.join(map(_at, absent))}"
-        problems.append(unexpected if absent else f"got {given_tree}, expected {tree}")
+        unexpected = f"unexpected {some([at(path) for path in absent])}"
+        problems.append(unexpected if absent else trees(given_tree, tree))
     if problems:
         raise ValueError(
             f"`{name}` must have the structure and shapes of {like}: "
-            + "; ".join(problems)
+            + some(problems, "; ", 400)
         )
 
 
-def belong(updates: Any, params: Any, *slots: Any) -> None:
-    """Check that gradients, parameters (unless None) and slots belong together."""
-    for slot in slots:
+def belong(updates: Any, params: Any, state: Any) -> None:
+    """Check that gradients, parameters (unless None) and a state belong together."""
+    for slot in held("state", state, params):
         same_tree("updates", updates, "the parameters given to init", slot)
     if params is not None:
         same_tree("updates", updates, "`params`", params)
+
+
+def held(name: str, state: Any, params: Any = None) -> list[Any]:
+    """Check counts and dtypes in a state of ours; return its averages and traces."""
+    of_params = dict(tree_flatten_with_path(params)[0])
+    slots = []
+    for start, field, value in _fields(state):
+        if field == "count":
+            count(name, value, at(start))
+            continue
+        slots.append(value)
+        for path, leaf in tree_flatten_with_path(value)[0]:
+            dtype, of_param = dtype_of(leaf), dtype_of(of_params.get(path))
+            if not _keeps(dtype, of_param):
+                beside = (
+                    "" if of_param is None else f" beside a parameter in {of_param}"
+                )
+                raise TypeError(
+                    f"`{name}` must be in at least float32, and complex for complex "
+                    f"parameters, got {kind_of(leaf) if dtype is None else dtype} at "
+                    f"{at(start + path)}{beside}; leave it as init made it where you "
+                    "cast parameters, or call init again"
+                )
+    return slots
+
+
+@functools.cache
+def _keeps(dtype: Any, of_param: Any) -> bool:
+    """Whether an average may have a dtype, beside a parameter of another."""
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        return False
+    if of_param is None or not jnp.issubdtype(of_param, jnp.inexact):
+        of_param = dtype
+    kinds = {jnp.issubdtype(x, jnp.complexfloating) for x in (dtype, of_param)}
+    return jnp.finfo(dtype).bits >= 32 and len(kinds) == 1
+
+
+def _fields(state: Any, start: Any = ()) -> Iterator[tuple[Any, str, Any]]:
+    """Path, name and value of each count and slot in a state of ours."""
+    names = getattr(state, "_fields", None)
+    for i, value in enumerate(state if isinstance(state, tuple) else ()):
+        path = (*start, GetAttrKey(names[i]) if names else SequenceKey(i))
+        if names and names[i] in ("count", "nu", "mu", "var", "trace"):
+            yield path, names[i], value
+        else:
+            yield from _fields(value, path)
+
+
+def count(name: str, value: Any, where: str = ".count") -> None:
+    """Check a number of updates: an integer, not negative unless it is traced."""
+    rule, dtype = f"`{name}` must count updates in one integer", dtype_of(value)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        got = kind_of(value) if dtype is None else dtype
+        raise TypeError(f"{rule}, got {got} at {where}; call init again")
+    if np.shape(value) != ():
+        raise ValueError(
+            f"{rule}, got shape {np.shape(value)} at {where}; use jax.vmap for the "
+            "states of many runs"
+        )
+    known = 0 if isinstance(value, Tracer) else int(value)
+    if not 0 <= known <= jnp.iinfo(dtype).max:
+        raise ValueError(
+            f"{rule} from 0, got {shown(known)} at {where}; call init again"
+        )
+
+
+def not_negative(name: str, tree: Any, path: Any = ()) -> None:
+    """Check averages of squares unless they are traced. NaN may be in them."""
+    for rest, leaf in tree_flatten_with_path(tree)[0]:
+        negative = _has_negative(leaf)
+        if not isinstance(negative, Tracer) and negative:
+            raise ValueError(
+                f"`{name}` must hold averages of squares, got a negative one at "
+                f"{at(path + rest)}; restore the state that the run had"
+            )
+
+
+@jax.jit
+def _has_negative(x: jax.Array) -> jax.Array:
+    return (x.real < 0).any() | (x.imag < 0).any()
 
 
 def fits(structure: Any, tree: Any) -> bool:
@@ -322,8 +529,8 @@ def on_one_mesh(name: str, tree: Any) -> Mesh | AbstractMesh:
     leaves = tree_flatten_with_path(tree)[0]
     if not leaves:
         raise ValueError(
-            f"`{name}` must have an array, whose mesh is used, got {tree!r}; a state "
-            "without parameters needs no shardings"
+            f"`{name}` must have an array, whose mesh is used, got {shown(tree)}; a "
+            "state without parameters needs no shardings"
         )
     for path, leaf in leaves:
         sharding, first = _sharding_of(leaf), _sharding_of(leaves[0][1])
@@ -338,12 +545,12 @@ def on_one_mesh(name: str, tree: Any) -> Mesh | AbstractMesh:
                 remedy = "give it one as sharding="
             raise ValueError(
                 f"`{name}` must have a NamedSharding each, got "
-                f"{sharding or _kind(leaf)} at {_at(path)}; {remedy}"
+                f"{short(str(sharding or kind_of(leaf)))} at {at(path)}; {remedy}"
             )
         if sharding.mesh != first.mesh:
             raise ValueError(
                 f"`{name}` must be on one mesh, got {_mesh(first.mesh)} at "
-                f"{_at(leaves[0][0])} and {_mesh(sharding.mesh)} at {_at(path)}; "
+                f"{at(leaves[0][0])} and {_mesh(sharding.mesh)} at {at(path)}; "
                 "jax.device_put moves them"
             )
     return first.mesh
@@ -351,11 +558,12 @@ def on_one_mesh(name: str, tree: Any) -> Mesh | AbstractMesh:
 
 def axis_of(name: str, value: Any, mesh: Mesh | AbstractMesh) -> None:
     """Check the name of an axis of a mesh."""
-    if value not in mesh.axis_names:
-        axes = " or ".join(map(repr, mesh.axis_names)) or "which has none"
+    names = [shown(axis) for axis in mesh.axis_names]
+    if shown(value) not in names:  # an array would compare itself by elements
+        axes = some(names, " or ") or "which has none"
         raise ValueError(
-            f"`{name}` must be an axis of the mesh, {axes}, got {value!r}; name the "
-            "one over which the batch is partitioned"
+            f"`{name}` must be an axis of the mesh, {axes}, got {shown(value)}; name "
+            "the one over which the batch is partitioned"
         )
 
 
@@ -368,14 +576,15 @@ def sharded_as(name: str, tree: Any, like: str, shardings: Any) -> None:
         problems = _other_paths(dict(leaves), dict(expected))
         raise ValueError(
             f"`{name}` must have the structure of `{like}`: "
-            + ("; ".join(problems) or f"got {structure}, expected {expected_structure}")
+            + "; ".join(problems or [trees(structure, expected_structure)])
             + "; make both with the same transformation and parameters"
         )
     for (path, leaf), (_, sharding) in zip(leaves, expected, strict=True):
         if not isinstance(sharding, Sharding) or _is_abstract(sharding):
             raise TypeError(
-                f"`{like}` must be jax.sharding.Sharding on devices, got {sharding!r} "
-                f"at {_at(path)}; NamedSharding(mesh, spec) makes one of a spec"
+                f"`{like}` must be jax.sharding.Sharding on devices, got "
+                f"{shown(sharding)} at {at(path)}; NamedSharding(mesh, spec) makes "
+                "one of a spec"
             )
         got = _sharding_of(leaf)
         if got is None or not _in_one_place(got, sharding, np.ndim(leaf)):
@@ -384,17 +593,22 @@ def sharded_as(name: str, tree: Any, like: str, shardings: Any) -> None:
                 remedy = "call this outside of jax.jit"
             raise ValueError(
                 f"`{name}` must be sharded as in `{like}`, got "
-                f"{_place(got) if got else _kind(leaf)} at {_at(path)}, expected "
+                f"{_place(got) if got else kind_of(leaf)} at {at(path)}, expected "
                 f"{_place(sharding)}; {remedy}"
             )
 
 
 def _other_paths(given: dict[Any, Any], expected: dict[Any, Any]) -> list[str]:
     """What is missing, and what is unexpected, of leaves by their paths."""
-    missing = [_at(path) for path in expected if path not in given]
-    unexpected = [_at(path) for path in given if path not in expected]
+    missing = [at(path) for path in expected if path not in given]
+    unexpected = [at(path) for path in given if path not in expected]
     found = {"missing": missing, "unexpected": unexpected}
-    return [f"{what} {', '.join(paths)}" for what, paths in found.items() if paths]
+    return [f"{what} {some(paths)}" for what, paths in found.items() if paths]
+
+
+def trees(structure: Any, expected: Any) -> str:
+    """Two structures that differ where no path does."""
+    return f"got {short(str(structure))}, expected {short(str(expected))}"
 
 
 def _is_abstract(sharding: Any) -> bool:
@@ -416,19 +630,19 @@ def _sharding_of(leaf: Any) -> Any:
     return None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
 
 
-def _kind(leaf: Any) -> str:
+def kind_of(leaf: Any) -> str:
     if leaf is None:
         return "None"
-    kind = "traced array" if isinstance(leaf, Tracer) else type(leaf).__name__
+    kind = "traced array" if isinstance(leaf, Tracer) else short(type(leaf).__name__)
     return f"a{'n' * (kind[0] in 'aeiouAEIOU')} {kind}"
 
 
 def _place(sharding: Any) -> str:
     if not isinstance(sharding, NamedSharding):
-        return str(sharding)
+        return short(str(sharding))
     memory = sharding.memory_kind
-    at = f" in {memory}" if memory not in (None, "device", "unpinned_host") else ""
-    return f"{sharding.spec} on {_mesh(sharding.mesh)}{at}"
+    within = f" in {memory}" if memory not in (None, "device", "unpinned_host") else ""
+    return f"{short(str(sharding.spec), 80)} on {_mesh(sharding.mesh)}{within}"
 
 
 def _mesh(mesh: Any) -> str:
@@ -438,11 +652,11 @@ def _mesh(mesh: Any) -> str:
     if isinstance(mesh, Mesh):
         ids = [str(device.id) for device in mesh.devices.flat]
         text += f"; devices {' '.join(ids[:8])}{' ...' * (len(ids) > 8)}"
-    return f"Mesh({text})"
+    return f"Mesh({short(text)})"
 
 
-def _at(path: Any) -> str:
-    return keystr(path) or "the root"
+def at(path: Any) -> str:
+    return short(keystr(path)) or "the root"
 
 
 def _by_path(tree: Any) -> tuple[dict[Any, Any], Any]:
@@ -456,8 +670,9 @@ def same_state(state: Any, expected: Any) -> None:
     if got != expected:
         raise ValueError(
             f"`state` must come from this transform's own init: expected "
-            f"{_names(expected)}, got {_names(got)}; call init again after changing an "
-            "option; from_optax carries a state of optax's own RMSprop over"
+            f"{short(_names(expected))}, got {short(_names(got))}; call init again "
+            "after changing an option; from_optax carries a state of optax's own "
+            "RMSprop over"
         )
 
 

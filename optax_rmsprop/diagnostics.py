@@ -66,9 +66,9 @@ def diagnose(
       real and imaginary part.
 
     Raises:
-      TypeError: a number or option of the wrong kind.
+      TypeError: a number or option of the wrong kind; averages in less than float32.
       ValueError: a number out of its range; an `opt_state` with no state of these, with
-        more than one, or of many runs.
+        more than one, or of many runs; a negative average of squares.
 
     Example:
       >>> import jax.numpy as jnp, optax_rmsprop
@@ -81,11 +81,12 @@ def diagnose(
     References:
       `scale_by_rms`, `scale_by_stddev`: the same roots.
     """
-    if not callable(learning_rate):
-        learning_rate = _checks.number("learning_rate", learning_rate)
+    learning_rate = _checks.schedule("learning_rate", learning_rate)
     eps = _checks.number("eps", eps)
     _checks.flags(eps_in_sqrt=eps_in_sqrt)
     state = _state_of_averages(opt_state)
+    *_, moments = _checks.held("opt_state", state)
+    _checks.not_negative("opt_state", moments)
     if callable(learning_rate):
         learning_rate = learning_rate(jnp.maximum(state.count - 1, 0))
     largest = jnp.sqrt(eps) if eps_in_sqrt else eps
@@ -98,7 +99,6 @@ def diagnose(
 
         return by_parts(leaf, moment)
 
-    moments = state.nu if isinstance(state, ScaleByRmsState) else state.var
     return Diagnosis(
         jax.tree.map(functools.partial(over_root, learning_rate), moments),
         jax.tree.map(functools.partial(over_root, largest), moments),
@@ -114,11 +114,6 @@ def _state_of_averages(opt_state: Any) -> ScaleByRmsState | ScaleByStddevState:
             found.append(_state_of_averages(decompress_state(node)))
         elif isinstance(node, kinds):
             found.append(node)
-    if len(found) == 1 and jnp.ndim(found[0].count):
-        raise ValueError(
-            "`opt_state` must be of one run, got a count of shape "
-            f"{jnp.shape(found[0].count)}; use jax.vmap for many"
-        )
     if len(found) != 1:
         raise ValueError(
             "`opt_state` must have one ScaleByRmsState or ScaleByStddevState, got "

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import tree_flatten_with_path
+from jax.tree_util import GetAttrKey, SequenceKey, tree_flatten_with_path
 from jax.typing import DTypeLike
 
 from optax_rmsprop import _checks, _codes
@@ -113,8 +113,8 @@ def compress_state(
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
-            f"`tx` must be an optax.GradientTransformation, got {tx!r}; of "
-            "optax.MultiSteps pass its gradient_transformation()"
+            f"`tx` must be an optax.GradientTransformation, got {_checks.shown(tx)}; "
+            "of optax.MultiSteps pass its gradient_transformation()"
         )
     dtype = _checks.storage_dtype("dtype", dtype)
     seed = _checks.integer("seed", seed, high=2**32)
@@ -160,19 +160,28 @@ def compress_state(
         **extra_args: Any,
     ) -> tuple[optax.Updates, CompressedState]:
         _checks.same_state(state, CompressedState)
+        _checks.count("state", state.count)
         dtypes = _dtypes(state)
         leaves, compressed = jax.tree.leaves(state.inner), len(jax.tree.leaves(dtypes))
         whole = len(dtypes) == len(leaves)
         for path, x in _selected(state.inner, dtypes) if whole else ():
             _checks.stored_as("state", x, dtype, path)
-        given = {np.shape(x) for x in jax.tree.leaves(state.formats) if compressed}
-        expected = {(compressed,)} if compressed and dtype == jnp.uint8 else set()
+        formats = state.formats if compressed and state.formats is not None else ()
+        is_vector = lambda x: not isinstance(x, tuple | list)  # noqa: E731
+        given = [np.shape(x) for x in jax.tree.leaves(formats, is_leaf=is_vector)]
+        has_formats = compressed and dtype == jnp.uint8
+        expected = [(compressed,)] * 2 * len(Format._fields) if has_formats else []
+        remedy = "make it with the init of this transformation"
         if not whole or given != expected:
             raise ValueError(
                 f"`state` must have `dtypes` for {len(leaves)} leaves and `formats` of "
-                f"shapes {expected or '{}'}, got {len(dtypes)} and {given or '{}'}; "
-                "make it with the init of this transformation"
+                f"shapes {expected}, got {len(dtypes)} and "
+                f"{_checks.short(str(given))}; {remedy}"
             )
+        for i, own in enumerate(dtypes):
+            if own is not None:
+                path = GetAttrKey("dtypes"), SequenceKey(i)
+                _checks.inexact("state", own, path, remedy=remedy, real=True)
         old = decompress_state(state)
         updates, inner = tx.update(updates, old, params, **extra_args)
         for path, x in _selected(inner, dtypes):
@@ -216,7 +225,8 @@ def decompress_state(state: optax.OptState) -> optax.OptState:
     if not _has_compressed(state):
         raise ValueError(
             "`state` must have a CompressedState in it, got "
-            f"{jax.tree.structure(state)}; it is not compressed: use it as it is"
+            f"{_checks.short(str(jax.tree.structure(state)))}; it is not compressed: "
+            "use it as it is"
         )
 
     def part(x: Any) -> Any:
@@ -311,7 +321,7 @@ def _compress(
 def _decompress(state: CompressedState) -> optax.OptState:
     dtypes = _dtypes(state)
     arrays = [x for _, x in _selected(state.inner, dtypes)]
-    owns = [own.dtype for own in dtypes if own is not None]
+    owns = [_checks.dtype_of(own) for own in dtypes if own is not None]
     if not state.formats:
         new = [x.astype(own) for x, own in zip(arrays, owns, strict=True)]
     else:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 from jax.typing import ArrayLike
 
 from optax_rmsprop import _checks
@@ -241,7 +241,7 @@ def _apart(got: Any, expected: Any, sizes: Any, tolerance: float) -> str | None:
         if not (errors <= limit).all():
             worst = np.unravel_index(np.argmax(errors), errors.shape)
             was, should = (np.asarray(leaf)[worst] for leaf in (x, y))
-            where = keystr(path) or "the root"
+            where = _checks.at(path)
             return f"{was:.6g} where it makes {should:.6g} at {where}"
     return None
 
@@ -250,15 +250,15 @@ def _check_source(opt_state: optax.OptState, expected: optax.OptState) -> None:
     """Check that a state has the structure, shapes and dtypes of its source's."""
     structures: list[Any] = [jax.tree.structure(tree) for tree in (opt_state, expected)]
     got, wanted = (
-        {path: f"{x.dtype}{list(x.shape)}" for path, x in tree_leaves_with_path(tree)}
+        {path: _array(x) for path, x in tree_leaves_with_path(tree)}
         for tree in (opt_state, expected)
     )
     if structures[0] == structures[1] and got == wanted:
         return
-    problem = f"got {structures[0]}, expected {structures[1]}"
+    problem = _checks.trees(*structures)
     differing = [path for path in wanted if got.get(path, wanted[path]) != wanted[path]]
     for path in differing[:1]:
-        problem = f"got {got[path]} at {keystr(path)}, expected {wanted[path]}"
+        problem = f"got {got[path]} at {_checks.at(path)}, expected {wanted[path]}"
     raise ValueError(
         f"`opt_state` must be a state of `source` for these parameters, {problem}; "
         "give the transformation that made it"
@@ -284,11 +284,14 @@ def _kind(part: Any) -> Any:
 
 
 def _names(parts: list[Any]) -> str:
-    names = [
-        type(part).__name__ if _is_part(part) else f"{part.dtype}{list(part.shape)}"
-        for part in parts
-    ]
-    return ", ".join(names) or "nothing"
+    names = [type(part).__name__ if _is_part(part) else _array(part) for part in parts]
+    return _checks.some(names) or "nothing"
+
+
+def _array(x: Any) -> str:
+    """Dtype and shape."""
+    is_array = hasattr(x, "dtype") and hasattr(x, "shape")
+    return f"{x.dtype}{list(x.shape)}" if is_array else _checks.kind_of(x)
 
 
 def _has_count(part: Any) -> bool:
@@ -297,9 +300,12 @@ def _has_count(part: Any) -> bool:
 
 def _steps(parts: list[Any], count: int | None) -> int:
     """The number of updates made, on which all must agree that count them."""
-    found = {int(part.count) for part in parts if _has_count(part)}
+    counts = [part.count for part in parts if _has_count(part)]
+    for value in counts:
+        _checks.count("opt_state", value)
+    found = set(map(int, counts))
     if count is not None:
-        if isinstance(count, jax.Array) and jnp.issubdtype(count.dtype, jnp.integer):
+        if isinstance(count, jax.Array) and count.ndim == 0 and _checks.is_real(count):
             count = count.item()  # of a TrainState
         found.add(_checks.integer("count", count, high=2**31))
     if len(found) != 1:
@@ -317,7 +323,7 @@ def _check_averages(parts: list[Any]) -> None:
     broken = []
     for part in filter(_is_part, parts):
         for path, leaf in tree_leaves_with_path(part):
-            where = keystr(path)
+            where = _checks.at(path)
             if isinstance(part, _THEIRS) and jnp.iscomplexobj(leaf):
                 raise ValueError(
                     f"`opt_state` must have real averages, got {leaf.dtype} at {where}:"
@@ -325,6 +331,8 @@ def _check_averages(parts: list[Any]) -> None:
                 )
             if not jnp.isfinite(leaf).all():
                 broken.append(where)
+        if "nu" in part._fields:
+            _checks.not_negative("opt_state", part.nu)
     report(broken)
 
 

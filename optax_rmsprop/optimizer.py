@@ -127,23 +127,19 @@ def rmsprop(
       torch/optim/rmsprop.py (2.13.0), `_single_tensor_rmsprop`.
       Hinton, Neural Networks for Machine Learning, lecture 6e, 2012.
     """
-    if not callable(learning_rate):
-        learning_rate = _checks.number(
-            "learning_rate",
-            learning_rate,
-            below_0="" if maximize else _checks.ASCEND,
-        )
-    momentum = _checks.number("momentum", 0.0 if momentum is None else momentum, high=1)
-    if not callable(weight_decay):
-        weight_decay = _checks.number(
-            "weight_decay", 0.0 if weight_decay is None else weight_decay
-        )
     _checks.flags(
         nesterov=nesterov,
         centered=centered,
         decoupled_weight_decay=decoupled_weight_decay,
         lr_in_momentum=lr_in_momentum,
         maximize=maximize,
+    )
+    learning_rate = _checks.schedule(
+        "learning_rate", learning_rate, below_0="" if maximize else _checks.ASCEND
+    )
+    momentum = _checks.number("momentum", 0.0 if momentum is None else momentum, high=1)
+    weight_decay = _checks.schedule(
+        "weight_decay", 0.0 if weight_decay is None else weight_decay
     )
     mask = _checks.mask("weight_decay_mask", weight_decay_mask)
     has_momentum, decays = (
@@ -202,13 +198,7 @@ def rmsprop(
                 "`params` must be given to update for weight_decay, got None; call "
                 "update(grads, state, params)"
             )
-        slots = [
-            slot
-            for part in state
-            for name, slot in part._asdict().items()
-            if name in ("nu", "mu", "var", "trace")
-        ]
-        _checks.belong(updates, params, *slots)
+        _checks.belong(updates, params, state)
 
     def wide(leaf: Any) -> jax.Array:
         return cast(leaf, accumulator_dtype_of(leaf, accumulator_dtype))

@@ -69,7 +69,10 @@ def state_shardings(
     """
     init = getattr(tx, "init", None)
     if not callable(init):
-        raise TypeError(f"`tx` must be an optax.GradientTransformation, got {tx!r}")
+        raise TypeError(
+            "`tx` must be an optax.GradientTransformation, got "
+            f"{_checks.shown(tx)}; give the transformation, not its init"
+        )
     leaves, structure = tree_flatten_with_path(params)
     mesh = _checks.on_one_mesh("params", params)
     if zero1 is not None:

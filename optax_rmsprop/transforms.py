@@ -163,7 +163,7 @@ def scale_by_rms(
         updates: optax.Updates, state: ScaleByRmsState, params: Any = None
     ) -> tuple[optax.Updates, ScaleByRmsState]:
         _checks.same_state(state, ScaleByRmsState)
-        _checks.belong(updates, params, state.nu)
+        _checks.belong(updates, params, state)
         count = optax.safe_increment(state.count)
         weights = _averaging_weights(decay, count, bias_correction)
         nu = _advance(_next_nu, weights, updates, state.nu)
@@ -250,7 +250,7 @@ def scale_by_stddev(
         updates: optax.Updates, state: ScaleByStddevState, params: Any = None
     ) -> tuple[optax.Updates, ScaleByStddevState]:
         _checks.same_state(state, ScaleByStddevState)
-        _checks.belong(updates, params, state.mu, state.var)
+        _checks.belong(updates, params, state)
         count = optax.safe_increment(state.count)
         weights = _averaging_weights(decay, count, bias_correction)
         mu = _advance(_next_mu, weights, updates, state.mu)

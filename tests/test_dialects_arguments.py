@@ -263,11 +263,6 @@ def test_timm_needs_the_largest_learning_rate(max_lr):
         after_a_step_without_gradient(injected, 0.1, **CORRECTED, max_lr=max_lr)
 
 
-def test_an_error_of_jax_itself_stays_what_it_is():
-    with pytest.raises(jax.errors.TracerBoolConversionError):
-        jax.jit(lambda centered: dialects.tf_keras(centered=centered) and 0)(True)
-
-
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"tf_keras"}))
 def test_under_inject_hyperparams_and_jit(name):
     learning_rate, *_ = parameters(name)

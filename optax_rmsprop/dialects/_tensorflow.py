@@ -114,17 +114,21 @@ def tf_keras(
     refuse(
         "decay", decay, 0, "schedule learning_rate=lambda step: lr / (1 + decay * step)"
     )
+    _checks.flags(centered=centered)
     if callable(momentum) or isinstance(momentum, jax.Array):
         raise TypeError(
             f"`momentum` must be a Python number, for it decides where epsilon goes, "
-            f"got {momentum}; with optax.inject_hyperparams name it in static_args"
+            f"got {_checks.shown(momentum)}; with optax.inject_hyperparams name it in "
+            "static_args"
         )
     has_momentum = not _checks.is_off(_checks.number("momentum", momentum, high=1))
     epsilon = _checks.number("epsilon", 1e-7 if epsilon is None else epsilon)
     if isinstance(epsilon, jax.Array):
         epsilon = jnp.where(epsilon == 0, 1e-7, epsilon)
     return rmsprop(
-        learning_rate if lr is None else lr,
+        learning_rate
+        if lr is None
+        else _checks.schedule("lr", lr, below_0=_checks.ASCEND),
         _checks.number("rho", rho, high=1, zero=not centered),
         1e-7 if _checks.is_off(epsilon) else epsilon,
         momentum=momentum,

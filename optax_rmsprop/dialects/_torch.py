@@ -156,10 +156,8 @@ def _corrected(
         zero=False,
         hint="; with corrected_weight_decay and an lr that changes give its maximum",
     )
-    if not callable(weight_decay):
-        weight_decay = _checks.number("weight_decay", weight_decay)
-    if not callable(lr):
-        lr = _checks.number("lr", lr, below_0=_checks.ASCEND)
+    weight_decay = _checks.schedule("weight_decay", weight_decay)
+    lr = _checks.schedule("lr", lr, below_0=_checks.ASCEND)
     return product(weight_decay, lr, 1 / max_lr)
 
 

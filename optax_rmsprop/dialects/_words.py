@@ -37,17 +37,20 @@ def speaks(**names: str) -> Callable[[Dialect], Dialect]:
         def checked(*args: Any, **kwargs: Any) -> Any:
             signature = inspect.signature(dialect)
             try:
-                signature.bind(*args, **kwargs)
+                bound = signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise TypeError(
-                    f"{name}: {error}; it takes {', '.join(signature.parameters)} "
-                    "(and init takes the parameters)"
+                    f"{name}: {_checks.short(str(error))}; it takes "
+                    f"{', '.join(signature.parameters)} (and init takes the parameters)"
                 ) from None
             try:
-                return dialect(*args, **kwargs)
+                # A schedule is called later, where this no longer translates.
+                for ours in ("learning_rate", "weight_decay"):
+                    theirs = names.get(ours, ours)
+                    if callable(value := bound.arguments.get(theirs)):
+                        bound.arguments[theirs] = _checks.schedule(theirs, value)
+                return dialect(*bound.args, **bound.kwargs)
             except (TypeError, ValueError) as error:
-                if type(error) not in (TypeError, ValueError):  # not one of ours
-                    raise
                 raise type(error)(f"{name}: {translated(str(error))}") from None
 
         return checked  # type: ignore[return-value]
@@ -62,11 +65,13 @@ def refuse(name: str, value: Any, default: Any, remedy: str) -> None:
     """
     if isinstance(value, Tracer):
         return
-    expected = default
-    if isinstance(value, jax.Array) and default is not None:
-        expected = np.asarray(default, value.dtype)
-    if not np.array_equal(value, expected):
+    equal = value is default
+    is_number = _checks.is_real(value) or isinstance(value, np.bool_)
+    if default is not None and is_number:
+        dtype = value.dtype if isinstance(value, jax.Array) else None
+        equal = np.array_equal(value, np.asarray(default, dtype))
+    if not equal:
         raise ValueError(
-            f"`{name}` must be {default}, for we do not reproduce it, got {value!r}; "
-            f"{remedy}"
+            f"`{name}` must be {default}, for we do not reproduce it, got "
+            f"{_checks.shown(value)}; {remedy}"
         )
