@@ -53,6 +53,7 @@ def some(texts: list[str], between: str = ", ", most: int = 200) -> str:
     found: list[str] = []
     length = 0
     for text in texts:
+        text = short(text, most)
         length += len(text) + len(between)
         if found and length > most:
             return f"{between.join(found)}{between}and {len(texts) - len(found)} more"
@@ -423,7 +424,7 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
     if problems:
         raise ValueError(
             f"`{name}` must have the structure and shapes of {like}: "
-            + some(problems, "; ", 400)
+            + some(problems, "; ", 460)
         )
 
 

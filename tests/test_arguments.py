@@ -1,5 +1,6 @@
 """Bad input: an error that names the argument, the rule, the value and the remedy."""
 
+import collections
 import inspect
 import re
 
@@ -18,6 +19,9 @@ from optax_rmsprop import (
     scale_by_stddev,
 )
 from optax_rmsprop._checks import FOREIGN
+from optax_rmsprop.transforms import ScaleByRmsState
+
+LONGEST = 600  # characters of an error
 
 # Arguments, error, what its text must match.
 BAD = [
@@ -32,7 +36,7 @@ BAD = [
     ({"decay": np.nan}, ValueError, r"`decay` .* got nan"),
     ({"decay": 0, "centered": True}, ValueError, r"`decay` .* \(0, 1\), .*variance 0"),
     ({"decay": jnp.float32(2)}, ValueError, r"`decay` .* got 2"),
-    ({"decay": jnp.ones(3)}, TypeError, r"`decay` .* shape \(3,\); use jax\.vmap"),
+    ({"decay": jnp.ones(3)}, TypeError, r"`decay` .* shape \(3,\).*; use jax\.vmap"),
     ({"decay": jnp.bfloat16(0.9)}, TypeError, r"`decay` .* hyperparam_dtype"),
     ({"decay": 0.9 + 0j}, TypeError, r"`decay` must be a number"),
     ({"decay": jnp.complex64(0.9)}, TypeError, r"`decay` must be a number"),
@@ -73,6 +77,53 @@ BAD = [
     ),
     ({"weight_decay_mask": {"w": 1}}, TypeError, r"mask` .* got 1 at \['w'\]"),
     ({"weight_decay_mask": jnp.array(True)}, TypeError, r"mask` .* static_args"),
+    (
+        {"learning_rate": 10**400},
+        ValueError,
+        r"`learning_rate` .* got 1000+ \.\.\. 000",
+    ),
+    ({"decay": 10**400}, ValueError, r"`decay` .* got 1000+ \.\.\. 000"),
+    ({"eps": -(10**400)}, ValueError, r"`eps` .* got -1000+ \.\.\. 000"),
+    (
+        {"decay": np.array("x")},
+        TypeError,
+        r"`decay` must be a number .* got array\('x'",
+    ),
+    (
+        {"decay": np.array(None)},
+        TypeError,
+        r"`decay` must be a number .*got array\(None",
+    ),
+    (
+        {"decay": np.timedelta64(1)},
+        TypeError,
+        r"`decay` must be a number .*timedelta64",
+    ),
+    (
+        {"decay": np.array(True)},
+        TypeError,
+        r"`decay` must be a number .* array\(True\)",
+    ),
+    ({"decay": jnp.array(True)}, TypeError, r"`decay` must be a number .* Array\(True"),
+    ({"decay": jax.random.key(0)}, TypeError, r"`decay` must be a number .*key<fry>"),
+    (
+        {"decay": [0.5] * 10**6},
+        TypeError,
+        r"`decay` must be .* got \[0\.5.* \.\.\. .*\]",
+    ),
+    ({"learning_rate": float}, TypeError, r"`learning_rate` .* got <class 'float'>"),
+    ({"weight_decay": float}, TypeError, r"`weight_decay` .* got <class 'float'>"),
+    (
+        {"accumulator_dtype": "x" * 10**6},
+        ValueError,
+        r"None or float32, got 'x+ \.\.\. ",
+    ),
+    ({"weight_decay_mask": "x" * 10**6}, TypeError, r"mask` .* got 'x+ \.\.\. x+' at"),
+    (
+        {"weight_decay_mask": bool},
+        TypeError,
+        r"mask` .* got <class 'bool'> at the root",
+    ),
     ({"lr": 0.1}, TypeError, r"rmsprop\(\) takes no `lr`, got 0\.1; here it is `learn"),
     ({"warmth": 1}, TypeError, r"rmsprop\(\) got an unexpected .* 'warmth'"),
 ]
@@ -119,8 +170,9 @@ def row_id(row):
 
 @pytest.mark.parametrize(("options", "error", "text"), BAD, ids=map(row_id, BAD))
 def test_bad_arguments_raise_at_construction(options, error, text):
-    with pytest.raises(error, match=text):
+    with pytest.raises(error, match=text) as raised:
         rmsprop(**options)
+    assert len(str(raised.value)) <= LONGEST
 
 
 SHARED = {"decay", "eps", "initial_scale", "eps_in_sqrt", "bias_correction"}
@@ -175,6 +227,102 @@ def test_arrays_that_are_not_traced_are_checked_within_jit_too(name):
     jax.jit(lambda: first_step(none))()
     with pytest.raises(ValueError, match=f"`{name}` must be .* got -1"):
         jax.jit(lambda: first_step(negative))()
+
+
+# What a schedule returns, and what is said of it.
+RETURNED = [
+    (None, TypeError, "got None from its schedule"),
+    ("x", TypeError, "got 'x' from its schedule"),
+    (jnp.ones(1), TypeError, r"got an array of shape \(1,\) from its schedule"),
+    (np.ones(1), TypeError, r"got an array of shape \(1,\) from its schedule"),
+    (jnp.array(True), TypeError, "got .* from its schedule"),
+    (jnp.complex64(0.1), TypeError, "got .*"),
+    (-0.1, ValueError, r"got -0\.1 from its schedule"),
+    (np.nan, ValueError, "got nan from its schedule"),
+]
+
+
+@pytest.mark.parametrize(("value", "error", "text"), RETURNED, ids=repr)
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("lr_in_momentum", [False, True])
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_a_schedule_that_returns_no_number(
+    name, lr_in_momentum, decoupled, value, error, text
+):
+    options = {"weight_decay": 0.1, name: lambda count: value}
+    tx = rmsprop(
+        **options, lr_in_momentum=lr_in_momentum, decoupled_weight_decay=decoupled
+    )
+    state = tx.init(PARAMS)
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(error, match=f"`{name}` must be a number in .*{text}"):
+            update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *[0, 1, 0.5, np.float64(0.5), np.array(0.5), np.int32(1), jnp.int32(1)],
+        *[jnp.float32(-0.5), jnp.bfloat16(0.5), jnp.array(0.5), jnp.array(jnp.nan)],
+    ],
+    ids=repr,
+)
+def test_a_schedule_may_return_any_real_number(value):
+    tx = rmsprop(lambda count: value, weight_decay=0.1)
+    for update in (tx.update, jax.jit(tx.update)):
+        updates, _ = update(PARAMS, tx.init(PARAMS), PARAMS)
+        assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
+    given = jnp.sign(jnp.asarray(value, jnp.float32))
+    np.testing.assert_array_equal(jnp.sign(updates["b"]), jnp.full(3, -given))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("make", [rmsprop, scale_by_rms], ids=["rmsprop", "rms"])
+def test_numbers_that_inject_hyperparams_makes_complex(make):
+    params = jnp.ones(2, jnp.complex64)
+    with pytest.raises(
+        TypeError, match=r"(?s)`\w+` .*; .* hyperparam_dtype=jnp\.float32$"
+    ):
+        optax.inject_hyperparams(make)().init(params)
+    tx = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)()
+    assert tx.update(params, tx.init(params), params)[0].dtype == jnp.complex64
+
+
+# A mask, and what is said of it.
+MASKS = [
+    ({"w": True}, ValueError, r"a prefix of it: missing \['b'\](\n|$)"),
+    (
+        {"w": True, "c": True},
+        ValueError,
+        r"it: missing \['b'\]; unexpected \['c'\](\n|$)",
+    ),
+    (
+        {"w": [True], "b": True},
+        ValueError,
+        r"missing \['w'\]; unexpected \['w'\]\[0\](\n|$)",
+    ),
+    (lambda params: {"w": True}, ValueError, r"a prefix of it: missing \['b'\](\n|$)"),
+    (
+        lambda params: None,
+        ValueError,
+        r"a prefix of it: missing \['b'\], \['w'\](\n|$)",
+    ),
+    (
+        lambda params: 5,
+        TypeError,
+        r"a function that returns one, got 5 at the root(\n|$)",
+    ),
+    (lambda params: "yes", TypeError, r"returns one, got 'yes' at the root(\n|$)"),
+    (lambda params: params, TypeError, r"returns one, got .* at \['b'\](\n|$)"),
+]
+
+
+@pytest.mark.parametrize(("mask", "error", "text"), MASKS, ids=[m[2] for m in MASKS])
+def test_a_mask_that_does_not_match_the_parameters(mask, error, text):
+    tx = rmsprop(weight_decay=0.1, weight_decay_mask=mask)
+    for init in (tx.init, jax.jit(tx.init)):
+        with pytest.raises(error, match=rf"(?s)`weight_decay_mask` must .*{text}"):
+            init(PARAMS)
 
 
 def test_none_is_0():
@@ -239,11 +387,11 @@ def test_gradients_that_do_not_match_the_parameters(gradients, text):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "float8_e8m0fnu"])
 def test_gradients_of_another_kind(name, dtype):
     tx = TRANSFORMS[name]
     bad = PARAMS | {"b": jnp.ones(3, dtype)}
-    text = rf"`updates` must be floating point, got {dtype} at \['b'\]; compare with"
+    text = rf"`updates` must be floating point, got {dtype}.* at \['b'\]; compare with"
     with pytest.raises(TypeError, match=text):
         tx.update(bad, tx.init(PARAMS))
 
@@ -270,6 +418,22 @@ def test_parameters_that_do_not_match_the_gradients(name):
     ]:
         with pytest.raises(ValueError, match=r"`updates` must .* of `params`: " + text):
             tx.update(PARAMS, state, params)
+
+
+def test_an_error_about_many_leaves_names_the_first_few():
+    many = {f"{i:05}": np.ones(2, np.float32) for i in range(20_000)}
+    other = {f"x{i:05}": leaf for i, leaf in enumerate(many.values())}
+    wider = jax.tree.map(lambda leaf: np.ones(3, np.float32), many)
+    state = ScaleByRmsState(jnp.int32(0), many)
+    for gradients, text in [
+        (other, r"missing \['00000'\],.* and 199\d\d more; unexpected .* more$"),
+        (wider, r"\['00000'\] has shape \(3,\).*; and 199\d\d more$"),
+        (tuple(many.values()), r"missing .* more; unexpected \[0\],.* more$"),
+        (collections.OrderedDict(many), r"got .* \.\.\. .*, expected .* \.\.\. "),
+    ]:
+        with pytest.raises(ValueError, match=r"`updates` must .*: " + text) as raised:
+            scale_by_rms().update(gradients, state)
+        assert len(str(raised.value)) <= LONGEST
 
 
 def test_containers_that_do_not_match():
@@ -343,6 +507,116 @@ def test_a_state_from_another_configuration(here, there):
             tx.update(PARAMS, state, PARAMS)
 
 
+def cast(dtype, field):
+    """A state with a slot in another dtype."""
+    return lambda state: state._replace(
+        **{field: jax.tree.map(lambda x: x.astype(dtype), getattr(state, field))}
+    )
+
+
+def counting(value):
+    return lambda state: state._replace(count=value)
+
+
+# What happened to a state of averages, and what is said of it.
+BROKEN = [
+    (
+        cast("float16", "mu"),
+        TypeError,
+        r"float32.* got float16 at .*\.mu\['b'\] .*; leave",
+    ),
+    (cast("bfloat16", "var"), TypeError, r"got bfloat16 at .*\.var\['b'\] .*; leave"),
+    (cast("int32", "var"), TypeError, r"got int32 at .*\.var\['b'\] .* init again"),
+    (
+        cast("complex64", "mu"),
+        TypeError,
+        r"complex64 at .* beside a parameter in float",
+    ),
+    (counting(jnp.float32(2.7)), TypeError, r"one integer, got float32 at .*\.count; "),
+    (
+        counting(jnp.float32(np.nan)),
+        TypeError,
+        r"one integer, got float32 at .*\.count",
+    ),
+    (counting(jnp.array(True)), TypeError, r"one integer, got bool at .*\.count; "),
+    (counting(None), TypeError, r"one integer, got None at .*\.count; call init again"),
+    (
+        counting(jnp.zeros(3, "int32")),
+        ValueError,
+        r"got shape \(3,\) at .*; use jax\.vm",
+    ),
+]
+BROKEN_IF_KNOWN = [
+    (counting(jnp.int32(-5)), ValueError, r"integer from 0, got -5 at .*\.count; call"),
+    (counting(np.int32(-5)), ValueError, r"integer from 0, got -5 at .*\.count; call"),
+    (counting(-5), ValueError, r"integer from 0, got -5 at .*\.count; call init again"),
+]
+OF_STDDEV = {
+    "scale_by_stddev": (scale_by_stddev(), lambda change, state: change(state)),
+    "rmsprop": (
+        rmsprop(centered=True, momentum=0.9, maximize=True),
+        lambda change, state: (state[0], change(state[1]), *state[2:]),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    BROKEN + BROKEN_IF_KNOWN,
+    ids=[text for *_, text in BROKEN + BROKEN_IF_KNOWN],
+)
+@pytest.mark.parametrize("name", OF_STDDEV)
+def test_a_state_that_was_changed(name, change, error, text):
+    tx, within = OF_STDDEV[name]
+    state = within(change, tx.init(PARAMS))
+    compiled = jax.jit(tx.update)
+    for update in (tx.update, compiled):
+        if update is compiled and (change, error, text) in BROKEN_IF_KNOWN:
+            continue
+        with pytest.raises(error, match=rf"`state` must .*{text}"):
+            update(PARAMS, state, PARAMS)
+
+
+def test_a_trace_in_float16():
+    tx = rmsprop(momentum=0.9)
+    average, trace, rest = tx.init(PARAMS)
+    state = average, cast("float16", "trace")(trace), rest
+    with pytest.raises(TypeError, match=r"got float16 at \[1\]\.trace\['b'\]; leave"):
+        tx.update(PARAMS, state)
+
+
+def test_a_real_state_for_complex_parameters():
+    tx, p = scale_by_rms(), jnp.ones(2, jnp.complex64)
+    text = r"`state` must .* got float32 at \.nu beside a parameter in complex64;"
+    with pytest.raises(TypeError, match=text):
+        tx.update(p, tx.init(p.real), p)
+
+
+def test_a_count_of_a_scheduled_and_masked_weight_decay():
+    tx = rmsprop(
+        weight_decay=lambda count: 0.1, weight_decay_mask={"w": True, "b": False}
+    )
+    state = jax.tree.map(
+        lambda x: -1 - x if x.dtype == jnp.int32 else x, tx.init(PARAMS)
+    )
+    text = r"got -1 at \[0\]\.inner_state\.count"
+    with pytest.raises(ValueError, match=text):
+        tx.update(PARAMS, state, PARAMS)
+
+
+def test_a_negative_average_has_no_step_size():
+    tx = scale_by_rms()
+    state = tx.init(PARAMS)
+    negative = state._replace(nu=state.nu | {"b": jnp.array([1.0, -1.0, 0.0])})
+    complex_ = tx.init(jnp.ones(1, jnp.complex64))._replace(nu=jnp.array([1 - 1j]))
+    for bad in (negative, complex_):
+        with pytest.raises(ValueError, match=r"`opt_state` must .* a negative one at "):
+            diagnose(bad)
+        jax.jit(diagnose)(bad)  # where it is not known
+    shown = state._replace(nu=state.nu | {"b": jnp.array([jnp.nan, jnp.inf, 0.0])})
+    assert jnp.isnan(diagnose(shown).step_size["b"][0])
+
+
 OF_OPTAX = {
     "scale_by_rms": optax.scale_by_rms(),
     "scale_by_stddev": optax.scale_by_stddev(),
@@ -369,12 +643,26 @@ def test_a_foreign_state_for_a_transform(name, state):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "float8_e8m0fnu"])
 def test_parameters_that_are_not_floating_point(name, dtype):
     params = {"layer": [jnp.ones(2), jnp.ones(2, dtype)]}
-    text = rf"`params` .* got {dtype} at \['layer'\]\[1\]; .* optax\.masked$"
+    text = rf"`params` .* got {dtype}.* at \['layer'\]\[1\]; .* optax\.masked$"
     with pytest.raises(TypeError, match=text):
         TRANSFORMS[name].init(params)
+
+
+OF_8_BITS = [
+    name for name in dir(jnp) if re.match(r"float[48]_", name) and "e8m0" not in name
+]
+
+
+@pytest.mark.parametrize("dtype", OF_8_BITS)
+def test_parameters_of_4_and_8_bits(dtype):
+    tx, p = rmsprop(), jnp.ones(2, dtype)
+    updates, state = tx.update(-p, tx.init(p), p)
+    assert updates.dtype == dtype
+    assert (updates.astype(jnp.float32) >= 0).all()
+    assert state[0].nu.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

@@ -122,6 +122,28 @@ REFUSED = [
     ),
     ("tf_keras", {"momentum": lambda t: 0.9}, TypeError, r"a Python number, .*epsilon"),
     ("tf_keras", {"momentum": None}, TypeError, r"`momentum` must be a number"),
+    ("tf_keras", {"lr": -1}, ValueError, r"`lr` .* got -1; to ascend put optax\.scale"),
+    ("tf_keras", {"lr": float}, TypeError, r"`lr` must be a number .* <class 'float'>"),
+    (
+        "tf_keras",
+        {"centered": jnp.array([1, 2])},
+        TypeError,
+        r"`centered` must be True",
+    ),
+    ("keras", {"clipnorm": [1] * 10**6}, ValueError, r"`clipnorm` .*clip_by_global_no"),
+    ("keras", {"clipnorm": np.zeros((), "V4")}, ValueError, r"`clipnorm` .*clip_by_gl"),
+    (
+        "keras",
+        {"clipnorm": 10**400},
+        ValueError,
+        r"`clipnorm` .* 1000+ \.\.\. .*clip_by",
+    ),
+    (
+        "torch",
+        {"maximize": jnp.array([1, 2])},
+        TypeError,
+        r"`maximize` must be True or",
+    ),
     ("timm", {"max_lr": 0.1}, ValueError, r"`max_lr` .* for corrected_weight_decay"),
     ("timm", {"decoupled_decay": 2}, TypeError, r"`decoupled_decay` must be True or"),
     ("timm", {"corrected_weight_decay": "no"}, TypeError, r"`corrected_.*` must be T"),
@@ -155,8 +177,39 @@ REFUSED = [
     ids=[f"{name}-{'-'.join(arguments)}" for name, arguments, *_ in REFUSED],
 )
 def test_what_is_not_reproduced_is_refused(name, arguments, error, text):
-    with pytest.raises(error, match=rf"^dialects\.{name}: .*{text}"):
+    with pytest.raises(error, match=rf"^dialects\.{name}: .*{text}") as raised:
         call(name, **arguments)
+    assert len(str(raised.value)) <= 600
+
+
+SCHEDULED = [
+    row
+    for row in NUMBERS
+    if row[1] in OUT_OF_RANGE["learning_rate"] + ("weight_decay", "wc")
+] + [("tf_keras", "lr")]
+
+
+@pytest.mark.parametrize(("name", "argument"), SCHEDULED)
+def test_a_schedule_is_called_by_its_name(name, argument):
+    first = next(iter(parameters(name)))
+    tx = call(name, **{first: 0.1} | {argument: lambda count: None})
+    p = jnp.ones(2)
+    with pytest.raises(TypeError, match=rf"^`{argument}` must be .* got None from its"):
+        tx.update(p, tx.init(p), p)
+
+
+def test_a_corrected_decay_of_two_schedules():
+    for argument in ("lr", "weight_decay"):
+        schedules = {"lr": lambda count: 0.1, "weight_decay": lambda count: 0.1}
+        tx = dialects.timm(
+            **schedules | {argument: lambda count: "x"},
+            decoupled_decay=True,
+            **CORRECTED,
+            max_lr=0.1,
+        )
+        p = jnp.ones(2)
+        with pytest.raises(TypeError, match=rf"^`{argument}` must be .* got 'x' from"):
+            tx.update(p, tx.init(p), p)
 
 
 def test_refused_under_inject_hyperparams_too():
