@@ -99,10 +99,11 @@ def rmsprop(
       or "mu", "var", "trace".
 
     Raises:
-      TypeError: a number or option of the wrong kind; parameters that are not floating
-        point or complex.
+      TypeError: a number or option of the wrong kind; a schedule that returns no
+        number; parameters that are not floating point or complex; a state in less than
+        float32.
       ValueError: a number out of its range; options that exclude each other; updates,
-        parameters or a state that do not belong together.
+        parameters, a mask or a state that do not belong together; a negative count.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_rmsprop

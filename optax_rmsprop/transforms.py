@@ -131,9 +131,10 @@ def scale_by_rms(
 
     Raises:
       TypeError: a number or option of the wrong kind; parameters that are not floating
-        point or complex.
+        point or complex; a state in less than float32.
       ValueError: a number out of its range; initial_scale with bias_correction; an
-        unsupported accumulator_dtype; updates or a state that do not belong together.
+        unsupported accumulator_dtype; updates or a state that do not belong together; a
+        negative count.
 
     Example:
       >>> import jax.numpy as jnp, optax_rmsprop
