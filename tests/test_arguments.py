@@ -95,7 +95,7 @@ BAD = [
         r"`decay` must be a number .*got array\(None",
     ),
     (
-        {"decay": np.timedelta64(1)},
+        {"decay": np.timedelta64(1, "s")},
         TypeError,
         r"`decay` must be a number .*timedelta64",
     ),

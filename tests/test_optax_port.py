@@ -385,3 +385,18 @@ def test_nan_is_reported_at_the_line_of_the_user():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         from_optax(half_way(source)[1], source, tx, params, count=HALF)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("nu", jnp.array([1.0, -1.0]), r"a negative one at "),
+        ("count", jnp.int32(-5), r"integer from 0, got -5 at \.count"),
+    ],
+)
+def test_averages_and_counts_below_0(field, value, says):
+    source = optax.scale_by_rms(0.9, bias_correction=True)
+    tx, p = scale_by_rms(0.9, eps_in_sqrt=True, bias_correction=True), jnp.ones(2)
+    state = source.init(p)._replace(**{field: value})
+    with pytest.raises(ValueError, match=rf"`opt_state` must .*{says}"):
+        from_optax(state, source, tx, p, decay=0.9)
