@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from optax_rmsprop import dialects
-from optax_rmsprop._numerics import by_parts
 from optax_rmsprop._port import Correspondence, Port
+from optax_rmsprop._texts import cut, listed, shown
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
 
 FROZEN = "frozen"  # the label of what no group trains
@@ -48,18 +48,21 @@ class Group(NamedTuple):
 class Source(NamedTuple):
     """What of a run is carried, in NumPy."""
 
-    arrays: dict[str, np.ndarray]  # parameters and buffers, tied ones once
+    arrays: Mapping[str, np.ndarray]  # parameters and buffers, tied ones once
+    shapes: dict[str, tuple[int, ...]]  # of the arrays
     tied: dict[str, str]  # further names of tied parameters, to those in arrays
     groups: dict[str, Group]  # by label
     labels: dict[str, str]  # of each array, its group or FROZEN
     members: dict[str, str]  # of each parameter, its group, trained or not
-    slots: dict[str, dict[str, np.ndarray]]  # of each parameter, by torch's names
+    slots: dict[str, Mapping[str, np.ndarray]]  # of each parameter, by torch's names
+    overlaps: Sequence[tuple[str, str]] = ()  # arrays that share a part of their memory
 
     def check(self) -> None:
         """Refuse slots that are not as their options want them; report NaN in them.
 
         Raises:
-          ValueError: a slot is missing or of another shape than its parameter.
+          ValueError: a slot is missing, or of another shape or kind than its
+            parameter.
         """
         broken = []
         for name, slots in self.slots.items():
@@ -67,31 +70,57 @@ class Source(NamedTuple):
             for slot in group.slots:
                 if slot not in slots:
                     raise ValueError(
-                        f"the optimizer's state of `{name}` must have {slot}, which "
-                        f"its options need, got {', '.join(slots) or 'nothing'}; give "
-                        "the options that it was trained with"
+                        f"the optimizer's state of `{cut(name)}` must have {slot}, "
+                        f"which its options need, got {listed(slots) or 'nothing'}; "
+                        "give the options that it was trained with"
                     )
-                if slots[slot].shape != self.arrays[name].shape:
+                what, array = f"{slot} of `{cut(name)}`", slots[slot]
+                if array.shape != self.shapes[name]:
                     raise ValueError(
-                        f"{slot} of `{name}` must have its parameter's shape "
-                        f"{self.arrays[name].shape}, got {slots[slot].shape}; model "
-                        "and optimizer must be of the same run"
+                        f"{what} must have its parameter's shape {self.shapes[name]}, "
+                        f"got {array.shape}; model and optimizer must be of the same "
+                        "run"
                     )
-                if not np.isfinite(slots[slot]).all():
-                    broken.append(f"{slot} of `{name}`")
+                wanted = self.arrays[name].dtype
+                if not _fits(array.dtype, wanted):
+                    raise ValueError(
+                        f"{what} must be floating point as its parameter, {wanted}, "
+                        f"got {array.dtype}; model and optimizer must be of the same "
+                        "run"
+                    )
+                if not np.isfinite(array).all():
+                    broken.append(what)
         report(broken)
 
 
 def probe(source: Source, port: Port) -> Correspondence:
-    """Where the port puts every element of the source."""
-    shapes = {name: array.shape for name, array in source.arrays.items()}
+    """Where the port puts every element of the source.
+
+    Raises:
+      TypeError: the port is no function.
+      ValueError: the port changes elements, or keeps two arrays that share some.
+    """
     trained = [name for name, label in source.labels.items() if label != FROZEN]
 
     def with_tied(arrays: dict[str, np.ndarray]) -> Any:
         arrays.update({name: arrays[first] for name, first in source.tied.items()})
         return port(arrays)
 
-    return Correspondence(with_tied, shapes, trained)
+    if not callable(port):
+        raise TypeError(
+            "`port` must be a function from a dict of arrays to a tree of them, got "
+            f"{shown(port)}; `dict` keeps every name as it is"
+        )
+    places = Correspondence(with_tied, source.shapes, trained)
+    used = {name for names in places.sources for name in names}
+    for pair in source.overlaps:
+        if used.issuperset(pair):
+            a, b = (f"`{cut(name)}`" for name in pair)
+            raise ValueError(
+                f"{a} and {b} must be apart in memory, or the same elements of it, but "
+                "share some; clone one of them in torch, or let the port leave it out"
+            )
+    return places
 
 
 def carry(source: Source, port: Port, learning_rate: Any) -> tuple[Any, Any, Any]:
@@ -137,29 +166,29 @@ class WayBack:
         """Check that parameters and state belong to the source and the port.
 
         Raises:
-          ValueError: they do not.
+          TypeError, ValueError: they do not.
         """
         self._source, self._params = source, params
         self._places = places = probe(source, port)
         places.check_tree("params", params)
         for names, leaf in zip(places.sources, jax.tree.leaves(params), strict=True):
-            array = np.asarray(leaf)  # raises, if it has been deleted
+            array = _values("params", leaf)
             for name in names:
                 wanted = source.arrays[name].dtype
                 if array.dtype != wanted:
                     raise ValueError(
-                        f"`params` must keep the dtype of `{name}`, {wanted}, got "
-                        f"{array.dtype}"
+                        f"`params` must keep the dtype of `{cut(name)}`, {wanted}, got "
+                        f"{array.dtype}; convert it back"
                     )
+        self.written = places.whole  # the names of the arrays that come back
         self.unstepped: set[str] = set()  # parameters of groups without a step
         # Of each group's slots: name, steps made, tree, and whose it is.
         self._slots: list[tuple[str, int, Any, set[str]]] = []
         broken: list[str] = []
         for label, state in _states(opt_state, source).items():
-            step, slots = _slots_in(state, source.groups[label])
+            step, slots = _slots_in(state, source.groups[label], self._in_numpy)
             for slot, tree in slots.items():
                 whole = _without_masks(tree, params)
-                places.check_tree("opt_state", whole)
                 trained = self._names_in(label, tree)
                 broken += self._unfit(slot, whole, trained)
                 if step:
@@ -179,6 +208,15 @@ class WayBack:
                 if name in trained:
                     yield name, step, slot, array
 
+    def _in_numpy(self, tree: Any) -> Any:
+        """An average's tree, in dtypes with which NumPy and torch calculate."""
+        self._places.check_tree("opt_state", _without_masks(tree, self._params))
+
+        def usual(leaf: Any) -> Any:
+            return leaf if _is_masked(leaf) else _usual(_values("opt_state", leaf))
+
+        return jax.tree.map(usual, tree, is_leaf=_is_masked)
+
     def _names_in(self, label: str, tree: Any) -> set[str]:
         """The parameters that a slot's tree has, which must be in the same group."""
         leaves = jax.tree.leaves(tree, is_leaf=_is_masked)
@@ -193,8 +231,8 @@ class WayBack:
             if group != label:
                 where = "no group" if group is None else f"group {group}"
                 raise ValueError(
-                    f"`optimizer` must have `{name}` in group {label}, as the run has, "
-                    f"got it in {where}; make its groups like those of the run"
+                    f"`optimizer` must have `{cut(name)}` in group {label}, as the run "
+                    f"has, got it in {where}; make its groups like those of the run"
                 )
         return names
 
@@ -207,35 +245,65 @@ class WayBack:
             strict=True,
         ):
             for name in names.intersection(of_leaf):
-                array = np.asarray(leaf)
                 wanted = self._source.arrays[name].dtype
-                kinds = [
-                    jnp.issubdtype(d, jnp.complexfloating)
-                    for d in (array.dtype, wanted)
-                ]
-                if not jnp.issubdtype(array.dtype, jnp.inexact) or kinds[0] != kinds[1]:
+                if not _fits(leaf.dtype, wanted):
                     raise ValueError(
-                        f"{path} of {slot} in `opt_state` must be floating point as "
-                        f"`{name}`, {wanted}, got {array.dtype}"
+                        f"{cut(path)} of {slot} in `opt_state` must be floating point "
+                        f"as `{cut(name)}`, {wanted}, got {leaf.dtype}; give the state "
+                        "that goes with it"
                     )
-                if not (np.abs(array) <= float(jnp.finfo(wanted).max)).all():
-                    yield f"{slot} of `{name}`"
+                limit = min(float(jnp.finfo(d).max) for d in (leaf.dtype, wanted))
+                if not (np.abs(leaf) <= limit).all():
+                    yield f"{slot} of `{cut(name)}`"
 
 
 def _states(opt_state: Any, source: Source) -> dict[str, Any]:
     """The state of each group's transform."""
     if not isinstance(opt_state, optax.transforms.PartitionState):
         return {"0": opt_state}
-    labels = opt_state.inner_states.keys() - {FROZEN}
+    inner = opt_state.inner_states
+    labels = inner.keys() - {FROZEN} if isinstance(inner, Mapping) else set()
     if labels != source.groups.keys():
         raise ValueError(
-            f"`opt_state` must have the optimizer's groups {', '.join(source.groups)}, "
-            f"got {', '.join(sorted(labels))}; make its groups like those of the run"
+            f"`opt_state` must have the optimizer's groups {listed(source.groups)}, "
+            f"got {listed(sorted(map(str, labels))) or 'none'}; make its groups like "
+            "those of the run"
         )
-    return {label: opt_state.inner_states[label].inner_state for label in source.groups}
+    return {
+        label: getattr(inner[label], "inner_state", inner[label])
+        for label in source.groups
+    }
 
 
-def _to_jax(places: Correspondence, arrays: dict[str, np.ndarray]) -> Any:
+def _values(name: str, leaf: Any) -> np.ndarray:
+    """A leaf in NumPy. JAX raises, if it has been deleted."""
+    try:
+        return np.asarray(leaf)
+    except TypeError as error:  # of a PRNG key
+        raise TypeError(
+            f"`{name}` must have arrays of numbers, got {shown(leaf)}; give what the "
+            "updates made of the run"
+        ) from error
+
+
+def _usual(array: np.ndarray) -> np.ndarray:
+    """An array in 32 or 64 bits, if it is floating point or complex."""
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return array
+    dtype: Any = np.float32 if array.itemsize <= 4 else np.float64
+    if np.iscomplexobj(array):
+        dtype = np.complex64 if array.itemsize <= 8 else np.complex128
+    with np.errstate(over="ignore"):  # a longdouble may be infinite in float64
+        return array.astype(dtype, copy=False)
+
+
+def _fits(dtype: np.dtype, wanted: np.dtype) -> bool:
+    """Whether a slot may have this dtype beside a parameter's: complex if it is."""
+    kinds = [jnp.issubdtype(d, jnp.complexfloating) for d in (dtype, wanted)]
+    return jnp.issubdtype(dtype, jnp.inexact) and kinds[0] == kinds[1]
+
+
+def _to_jax(places: Correspondence, arrays: Mapping[str, np.ndarray]) -> Any:
     """The port's tree in JAX arrays of the source's dtypes."""
     carried = []
     for number, path in enumerate(places.paths):
@@ -243,8 +311,8 @@ def _to_jax(places: Correspondence, arrays: dict[str, np.ndarray]) -> Any:
         for name in places.sources[number]:
             if array.dtype != arrays[name].dtype:
                 raise ValueError(
-                    f"{path} must keep the dtype of `{name}`, {arrays[name].dtype}, "
-                    f"got {array.dtype}; 64 bits need "
+                    f"{cut(path)} must keep the dtype of `{cut(name)}`, "
+                    f"{arrays[name].dtype}, got {array.dtype}; 64 bits need "
                     "jax.config.update('jax_enable_x64', True); leave out a buffer"
                 )
         carried.append(array)
@@ -259,7 +327,7 @@ def _learning_rates(learning_rate: Any, source: Source) -> dict[str, Any]:
     if len(learning_rate) != len(source.groups):
         raise ValueError(
             f"`learning_rate` must have one for each of {len(source.groups)} groups, "
-            f"got {len(learning_rate)}"
+            f"got {len(learning_rate)}; give as many, or one for all"
         )
     return dict(zip(source.groups, learning_rate, strict=True))
 
@@ -310,7 +378,9 @@ def _is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
-def _slots_in(state: Any, group: Group) -> tuple[int, dict[str, Any]]:
+def _slots_in(
+    state: Any, group: Group, in_numpy: Callable[[Any], Any]
+) -> tuple[int, dict[str, Any]]:
     """The steps made and torch's slots, as trees, from one group's state."""
     centered = group.options["centered"]
     has_momentum = "momentum_buffer" in group.slots
@@ -319,35 +389,33 @@ def _slots_in(state: Any, group: Group) -> tuple[int, dict[str, Any]]:
         wanted.add(optax.TraceState)
     if not isinstance(state, tuple):
         raise ValueError(
-            f"`opt_state` must be the state of the run's optimizer, got {state!r}"
+            "`opt_state` must be the state of the run's optimizer, got "
+            f"{type(state).__name__}; give what its update returned"
         )
     kinds = [type(part) for part in state]
-    averages = {ScaleByRmsState, ScaleByStddevState, optax.TraceState} & {*kinds}
-    if averages != wanted:
+    known = {ScaleByRmsState, ScaleByStddevState, optax.TraceState}
+    averages = sorted(kind.__name__ for kind in kinds if kind in known)
+    if averages != sorted(kind.__name__ for kind in wanted):
         raise ValueError(
             "`opt_state` must have the averages of torch's options, "
-            f"{sorted(t.__name__ for t in wanted)}, got "
-            f"{sorted(t.__name__ for t in averages)}; give the state that goes with "
-            "this optimizer"
+            f"{listed(sorted(kind.__name__ for kind in wanted))}, got "
+            f"{listed(averages) or 'none'}; give the state that goes with this "
+            "optimizer"
         )
     parts = dict(zip(kinds, state, strict=True))
     trees = {}
-
-    def uncentered(var: jax.Array, mu: jax.Array) -> jax.Array:
-        return var + mu * mu
-
     if centered:
         part = parts[ScaleByStddevState]
-        trees["grad_avg"] = part.mu
+        trees["grad_avg"] = mu = in_numpy(part.mu)
         trees["square_avg"] = jax.tree.map(
-            lambda var, mu: var if _is_masked(var) else by_parts(uncentered, var, mu),
-            part.var,
-            part.mu,
+            lambda var, mu: var if _is_masked(var) else _square(var, mu),
+            in_numpy(part.var),
+            mu,
             is_leaf=_is_masked,
         )
     else:
         part = parts[ScaleByRmsState]
-        trees["square_avg"] = part.nu
+        trees["square_avg"] = in_numpy(part.nu)
     if has_momentum:
         # The learning rate, where it is inside the buffer, stands before it.
         inside = kinds.index(optax.TraceState) > kinds.index(type(part)) + 1
@@ -360,8 +428,26 @@ def _slots_in(state: Any, group: Group) -> tuple[int, dict[str, Any]]:
                 "learning rates of the past cannot be taken out of a buffer, nor put "
                 "into it: carry it back to the optimizer it came from"
             )
-        trees["momentum_buffer"] = parts[optax.TraceState].trace
-    return int(part.count), trees
+        trees["momentum_buffer"] = in_numpy(parts[optax.TraceState].trace)
+    return _count(part.count), trees
+
+
+def _square(var: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """torch's square_avg, the reverse of `_moment`."""
+    if np.iscomplexobj(mean):
+        return var + mean.real**2 + 1j * mean.imag**2
+    return var + mean * mean
+
+
+def _count(value: Any) -> int:
+    """The steps made, from a state."""
+    count = _values("opt_state", value)
+    if count.shape or count.dtype.kind not in "iu" or not 0 <= count < 2**31:
+        raise ValueError(
+            "`count` of `opt_state` must be an integer in [0, 2³¹), got "
+            f"{shown(value)}; give the state as the updates made it"
+        )
+    return int(count)
 
 
 def _without_masks(tree: Any, params: Any) -> Any:
@@ -371,9 +457,7 @@ def _without_masks(tree: Any, params: Any) -> Any:
         return tree
     return jax.tree.map(
         lambda leaf, p: (
-            np.broadcast_to(np.zeros((), p.dtype), p.shape)
-            if _is_masked(leaf)
-            else leaf
+            np.broadcast_to(np.float32(0), np.shape(p)) if _is_masked(leaf) else leaf
         ),
         tree,
         params,
@@ -390,7 +474,7 @@ def report(broken: list[str]) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == package:
         frame, level = frame.f_back, level + 1
     warnings.warn(
-        f"carried as it is, with NaN or infinity: {', '.join(broken)}; those "
+        f"carried as it is, with NaN or infinity: {listed(broken, 8)}; those "
         "parameters will not train any more",
         RuntimeWarning,
         stacklevel=level,

@@ -14,7 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten_with_path
+
+from optax_rmsprop._texts import cut, listed, shown
 
 Port = Callable[[dict[str, np.ndarray]], Any]
 
@@ -88,26 +91,44 @@ class Correspondence:
                 raise
             alike = difflib.get_close_matches(str(name), arrays) or arrays
             raise KeyError(
-                f"the port asks for {name!r}, which the model does not have; it has "
-                f"{', '.join(alike)}"
+                f"the port asks for {shown(name)}, which the model does not have; it "
+                f"has {listed(alike)}"
             ) from error
 
     def check_tree(self, name: str, tree: Any) -> None:
         """Refuse a tree whose structure or shapes are not those of the port's.
 
         Raises:
+          TypeError: within `jax.jit`.
           ValueError: naming `name` and the leaf.
         """
-        leaves, structure = jax.tree.flatten(tree)
+        found, structure = tree_flatten_with_path(tree)
         if structure != self._structure:
+            given = dict.fromkeys(keystr(path) or "the root" for path, _ in found)
+            missing = [path for path in self.paths if path not in given]
+            known = set(self.paths)
+            unexpected = [path for path in given if path not in known]
+            problems = [
+                f"{what} {listed(paths)}"
+                for what, paths in (("missing", missing), ("unexpected", unexpected))
+                if paths
+            ] or [f"got {cut(structure, 100)}, expected {cut(self._structure, 100)}"]
             raise ValueError(
-                f"`{name}` must be the port's tree, {self._structure}, got {structure}"
+                f"`{name}` must be the port's tree: {'; '.join(problems)}; make it "
+                "with the same port"
             )
-        for path, places, leaf in zip(self.paths, self._places, leaves, strict=True):
+        for path, places, (_, leaf) in zip(
+            self.paths, self._places, found, strict=True
+        ):
+            if isinstance(leaf, Tracer):
+                raise TypeError(
+                    f"{cut(path)} of `{name}` must have values, got a traced array; "
+                    "carry a run outside of jax.jit"
+                )
             if np.shape(leaf) != places.shape:
                 raise ValueError(
-                    f"{path} of `{name}` must have the port's shape {places.shape}, "
-                    f"got {np.shape(leaf)}"
+                    f"{cut(path)} of `{name}` must have the port's shape "
+                    f"{places.shape}, got {np.shape(leaf)}; make it with the same port"
                 )
 
     def bring_back(self, tree: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -137,10 +158,10 @@ class Correspondence:
         for path, sources in zip(self.paths, self.sources, strict=True):
             kinds = {labels[name]: name for name in sources}
             if len(kinds) > 1:
-                which = ", ".join(f"`{name}` ({kind})" for kind, name in kinds.items())
+                which = (f"`{cut(name, 40)}` ({kind})" for kind, name in kinds.items())
                 raise ValueError(
-                    f"{path} must come from one parameter group, got {which}; let the "
-                    "port keep them in leaves of their own"
+                    f"{cut(path)} must come from one parameter group, got "
+                    f"{listed(which)}; let the port keep them in leaves of their own"
                 )
             found.append(next(iter(kinds), ""))
         return self.unflatten(found)
@@ -203,8 +224,9 @@ class Correspondence:
             # One that asks for float32 gets it, and may do so.
             if leaf.dtype not in (dtype, np.float32):
                 raise ValueError(
-                    f"{path} must be made of the model's arrays in their dtype, got "
-                    f"{leaf.dtype} of {np.dtype(dtype)}; do not cast, and add no leaves"
+                    f"{cut(path)} must be made of the model's arrays in their dtype, "
+                    f"got {leaf.dtype} of {np.dtype(dtype)}; do not cast, and add no "
+                    "leaves"
                 )
         return paths, leaves, structure
 
@@ -219,20 +241,27 @@ class Correspondence:
             twice = np.flatnonzero(np.bincount(flat, minlength=len(used)) > 1)
             raise ValueError(
                 "the port must use each value once, but uses some of "
-                f"{', '.join(self._names_at(twice))} twice; leave out one of them, or "
+                f"{listed(self._names_at(twice))} twice; leave out one of them, or "
                 "untie it in torch"
             )
+        # The arrays with elements of which none is lost.
+        self.whole = [
+            name
+            for name, (start, end) in self._spans.items()
+            if start < end and used[start:end].all()
+        ]
         for name, (start, end) in self._spans.items():
             if name in needed and not used[start:end].all():
                 raise ValueError(
-                    f"the port must keep each trained value, but drops some of {name}; "
-                    "let its tree hold them, or freeze the parameter in torch"
+                    f"the port must keep each trained value, but drops some of "
+                    f"{cut(name)}; let its tree hold them, or freeze the parameter in "
+                    "torch"
                 )
 
 
 def _changed(path: str) -> ValueError:
     return ValueError(
-        f"the port must only move values, but {path} has others; let it rename, "
+        f"the port must only move values, but {cut(path)} has others; let it rename, "
         "reshape, transpose, split, concatenate and stack, and nothing else"
     )
 

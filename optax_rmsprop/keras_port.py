@@ -3,6 +3,7 @@
 from __future__ import annotations  # so that help() shows these types by name
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,7 +104,7 @@ def _read(
         )
     unclaimed = {name for name in of_optimizer if name.endswith(tuple(SLOTS))}
     labels = dict.fromkeys(arrays, FROZEN)
-    slots = {}
+    slots: dict[str, Mapping[str, np.ndarray]] = {}
     for variable in model.trainable_variables:
         stem = variable.path.replace("/", "_")
         found = {
@@ -127,4 +128,5 @@ def _read(
             "`model` must hold the optimizer's variables, but none of its trainable "
             f"variables has the slots {', '.join(sorted(unclaimed))}"
         )
-    return Source(arrays, {}, groups, labels, labels, slots)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    return Source(arrays, shapes, {}, groups, labels, labels, slots)

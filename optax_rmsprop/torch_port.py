@@ -16,7 +16,8 @@ import optax
 
 from optax_rmsprop._carry import WayBack, carry
 from optax_rmsprop._port import Port
-from optax_rmsprop._torch_source import read, read_checkpoint, write
+from optax_rmsprop._torch_source import read, read_checkpoint
+from optax_rmsprop._torch_target import write
 
 if TYPE_CHECKING:
     import torch
@@ -175,6 +176,5 @@ def to_torch(
     References:
       See `from_torch`.
     """
-    # Without the slots, which would stay in memory beside those that replace them.
-    source = read(model, optimizer)._replace(slots={})
+    source = read(model, optimizer)
     write(model, optimizer, WayBack(params, opt_state, source, port))

@@ -252,7 +252,7 @@ def test_what_is_not_dense(kind):
         buffer = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
     model.register_buffer("buffer", buffer)
     with pytest.raises(TypeError, match="`buffer` must be a dense tensor"):
-        from_torch(model, optimizer, port)
+        from_torch(model, optimizer, dict)
 
 
 def test_a_state_without_the_group():

@@ -1,0 +1,98 @@
+"""Where torch's tensors lie in memory, and which of them share it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+def problem(tensor: torch.Tensor) -> str | None:
+    """Why a tensor has no plain elements in memory, and what to do; else None."""
+    import torch
+
+    if torch.nn.parameter.is_lazy(tensor):
+        return "have its values, got one that is not initialized; call the model once"
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return (
+            "be a dense tensor, got a sparse, nested or quantized one; convert it with "
+            "to_dense(), to_padded_tensor() or dequantize()"
+        )
+    if tensor.is_meta:
+        return "have its values, got one on the meta device; load it to the CPU"
+    return None
+
+
+def place(tensor: torch.Tensor) -> Hashable:
+    """Equal for two tensors that are the same elements of the same memory."""
+    start = 0
+    if problem(tensor) is None and tensor.numel():
+        with contextlib.suppress(RuntimeError):  # of a class without memory
+            start = tensor.data_ptr()
+    if not start:
+        return id(tensor)
+    kind = tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg()
+    return start, tensor.shape, tensor.stride(), *kind
+
+
+def overlaps(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
+    """The names of each two tensors that have an element's memory in common."""
+    spans = {
+        name: (str(tensor.device), *_span(tensor))
+        for name, tensor in tensors.items()
+        if not isinstance(place(tensor), int)
+    }
+    found, before = [], list[str]()
+    for name in sorted(spans, key=spans.__getitem__):
+        device, start, _ = spans[name]
+        before = [
+            other
+            for other in before
+            if spans[other][0] == device and spans[other][2] > start
+        ]
+        found += [(o, name) for o in before if _meet(tensors[o], tensors[name])]
+        before.append(name)
+    return found
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two of a tensor's elements are one in memory, as of an expanded one."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return False
+    used = np.count_nonzero(_bytes(tensor, *_span(tensor)))
+    return bool(used < tensor.numel() * tensor.element_size())
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses of its first byte, and of the one after its last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors whose spans do have a byte in common.
+
+    Spans alone do not tell: the columns of one array lie between each other.
+    """
+    (start, end), (other_start, other_end) = _span(a), _span(b)
+    span = min(start, other_start), max(end, other_end)
+    return bool((_bytes(a, *span) & _bytes(b, *span)).any())
+
+
+def _bytes(tensor: torch.Tensor, start: int, end: int) -> np.ndarray:
+    """Which bytes between two addresses are a tensor's."""
+    used = np.zeros(end - start, bool)
+    size = tensor.element_size()
+    np.lib.stride_tricks.as_strided(
+        used[tensor.data_ptr() - start :],
+        (*tensor.shape, size),
+        (*(stride * size for stride in tensor.stride()), 1),
+    )[...] = True
+    return used
