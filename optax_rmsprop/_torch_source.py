@@ -362,7 +362,7 @@ def _group(label: str, group: Mapping[str, Any], step: int) -> Group:
     if not {"lr", "alpha", "centered", "momentum"} <= group.keys():
         raise TypeError(
             "`optimizer` must be an RMSprop, but its group "
-            f"{label} has the options {listed(group.keys() - {'params'}, 12)}"
+            f"{label} has the options {listed(group.keys() - {'params'}, 8)}"
         )
     dialect = "timm" if "lr_in_momentum" in group else "torch"
     defaults = OF_TIMM if dialect == "timm" else OF_TORCH
