@@ -24,7 +24,7 @@ OPTIONS = {
     "centered+momentum": {"momentum": 0.9, "centered": True},
 }
 WIDTH = 1000
-LIMITS = {"there_s": 10.0, "back_s": 10.0, "memory": 3.0}
+LIMITS = {"there_s": 10.0, "back_s": 10.0, "memory": 4.0}
 TABLE_HEAD = """\
 options | parameters | there, s | back, s | memory / own size
 ---|---|---|---|---"""

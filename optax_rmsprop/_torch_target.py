@@ -34,7 +34,7 @@ def write(
     with torch.no_grad():
         for name in way.written:
             _check_target(name, targets[name])
-        state = _state(targets, optimizer, way)
+        old_state, state = optimizer.state, _state(targets, optimizer, way)
         old: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
             for name, array in way.arrays():
@@ -43,6 +43,7 @@ def write(
                 target.copy_(_to_tensor(array))
             optimizer.state = state
         except BaseException:
+            optimizer.state = old_state
             for target, values in old:
                 # A tensor that refuses this has refused to be written before.
                 with contextlib.suppress(Exception):

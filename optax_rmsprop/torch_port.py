@@ -53,7 +53,8 @@ def from_torch(
       port: function from a dict of NumPy arrays, the model's state_dict, to a tree of
         arrays. It must use every trained parameter, each element once, and may leave
         out the others (frozen parameters, buffers, further names of tied parameters).
-        A leaf must stay within one parameter group.
+        Tied are all names of the same elements of the same memory. A leaf must stay
+        within one parameter group.
       learning_rate: in place of torch's: a number, an optax schedule of the steps made
         (torch's included), or a list of one for each group. By default the group's
         present one, from now on constant.
@@ -64,10 +65,14 @@ def from_torch(
 
     Raises:
       KeyError: the port asks for a name that the model does not have.
-      TypeError: another optimizer; sparse or quantized tensors.
+      TypeError: what is no model, no port or another optimizer; an option or a step
+        that is no number; a tensor that the port uses and NumPy does not have (sparse,
+        quantized, without values, in float8).
       ValueError: a port that does more than to move elements, mixes groups or casts; a
-        model that does not hold the optimizer's parameters; a state that does not fit
-        its parameter; an option of timm's that has no counterpart here.
+        model that does not hold the optimizer's parameters, or in which two of them
+        share memory, but are not tied; tied ones of which the optimizer trains two; a
+        state that does not fit its parameter; an option or a step out of range; an
+        option of timm's that has no counterpart here.
 
     Warns:
       RuntimeWarning: a slot holds NaN or infinity. It is carried as it is.
@@ -164,8 +169,11 @@ def to_torch(
     Raises:
       KeyError, TypeError, ValueError: as `from_torch`; parameters or a state that do
         not belong to this model, optimizer and port; a momentum buffer that has the
-        learning rate inside for an optimizer that has it outside, or the reverse.
-        Nothing is written then.
+        learning rate inside for an optimizer that has it outside, or the reverse; a
+        tensor that torch cannot write.
+
+    Nothing is written then. If writing itself fails (no memory is left, or the user
+    interrupts it), what was written is taken back before the error goes on.
 
     Warns:
       RuntimeWarning: as `from_torch`.
