@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,16 @@ import numpy as np
 
 from optax_rmsprop._carry import FROZEN, Group, Source
 from optax_rmsprop._texts import cut, listed, shown
+from optax_rmsprop._torch_form import (
+    AS_TRAINED,
+    check_groups,
+    check_names,
+    check_tensor,
+    finite,
+    names_in,
+    one_parameter,
+    tensors_in,
+)
 from optax_rmsprop._torch_memory import overlaps, place, problem
 
 if TYPE_CHECKING:
@@ -39,7 +48,6 @@ OF_TIMM: dict[str, bool | float] = {
     "lr_in_momentum": True,
     "caution": False,
 }
-_AS_TRAINED = "give what the run had in torch"
 # What `Tensor.numpy` knows, and bfloat16.
 IN_NUMPY = {
     *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
@@ -99,13 +107,13 @@ def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Source:
         if not isinstance(parameter, torch.Tensor) or parameter not in names:
             raise ValueError(
                 "`model` must hold the optimizer's parameters, but lacks "
-                f"{_parameter(parameter)}; give the model that it trains"
+                f"{one_parameter(parameter)}; give the model that it trains"
             )
         return names[parameter]
 
     frozen = {name for p, name in names.items() if not p.requires_grad}
     groups, states = optimizer.param_groups, optimizer.state
-    _check_groups(groups, states)
+    check_groups(groups, states)
     return _source(tensors_of(model), groups, states, name_of, frozen)
 
 
@@ -121,7 +129,7 @@ def read_checkpoint(
                 f"`{argument}` must be a state_dict, got {type(value).__name__}; for "
                 "live ones there is from_torch"
             )
-    tensors = _tensors_in(model)
+    tensors = tensors_in(model)
     if not {"state", "param_groups"} <= optimizer.keys():
         raise ValueError(
             "`optimizer` must be the state_dict of an optimizer, with state and "
@@ -129,8 +137,8 @@ def read_checkpoint(
             "its state_dict() returns"
         )
     groups, states = optimizer["param_groups"], optimizer["state"]
-    _check_groups(groups, states)
-    own = _names_in(groups)
+    check_groups(groups, states)
+    own = names_in(groups)
     if names is None:
         names = own
     elif not isinstance(names, list | tuple):
@@ -144,106 +152,9 @@ def read_checkpoint(
             f"{listed(names)}; leave them out"
         )
     keys = [key for group in groups for key in group["params"]]
-    _check_names(names, len(keys), tensors)
+    check_names(names, len(keys), tensors)
     name_of = dict(zip(keys, names, strict=True)).__getitem__
     return _source(tensors, groups, states, name_of)
-
-
-def _tensors_in(model: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Those of a state_dict, in which a module may have put other things too."""
-    for name, value in model.items():
-        if not isinstance(name, str):
-            raise TypeError(
-                f"`model` must have names for keys, got {shown(name)}; give the "
-                "state_dict itself"
-            )
-        if not _is_extra(name):
-            _check_tensor(cut(name), value)
-    return {name: tensor for name, tensor in model.items() if not _is_extra(name)}
-
-
-def _is_extra(name: str) -> bool:
-    return name.rpartition(".")[2] == "_extra_state"
-
-
-def _names_in(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names that a checkpoint has for its parameters, if it has any."""
-    own = []
-    for number, group in enumerate(groups):
-        # In the format of torch.distributed.checkpoint names stand in place of numbers.
-        found = group.get("param_names", group["params"])
-        for key in group["params"]:
-            if not isinstance(key, int | str):
-                raise TypeError(
-                    f"`params` of group {number} must be numbers or names, got "
-                    f"{shown(key)}; give the optimizer's state_dict as it was saved"
-                )
-        if not isinstance(found, list | tuple) or len(found) != len(group["params"]):
-            raise ValueError(
-                f"`param_names` of group {number} must be a list of "
-                f"{len(group['params'])} names, one a parameter, got {shown(found)}; "
-                "give the optimizer's state_dict as it was saved"
-            )
-        own += [name for name in found if isinstance(name, str)]
-    return own
-
-
-def _check_groups(groups: Any, states: Any) -> None:
-    """Refuse what does not have the form of an optimizer's groups and states."""
-    remedy = "give an optimizer, or its state_dict, as torch made it"
-    if not isinstance(groups, list | tuple) or not groups:
-        error = ValueError if isinstance(groups, list | tuple) else TypeError
-        raise error(
-            f"`optimizer` must have a list of param_groups, got {shown(groups)}; "
-            + remedy
-        )
-    for number, group in enumerate(groups):
-        if not isinstance(group, Mapping):
-            raise TypeError(
-                f"group {number} of `optimizer` must be a dict, got {shown(group)}; "
-                + remedy
-            )
-        if not isinstance(group.get("params"), list | tuple):
-            raise TypeError(
-                f"`params` of group {number} must be a list, got "
-                f"{shown(group.get('params'))}; {remedy}"
-            )
-    if not isinstance(states, Mapping):
-        raise TypeError(
-            f"`optimizer` must have a dict for its state, got {shown(states)}; {remedy}"
-        )
-    for key, state in states.items():
-        if not isinstance(state, Mapping):
-            raise TypeError(
-                f"the state that `optimizer` has of {_parameter(key)} must be a dict, "
-                f"got {shown(state)}; {remedy}"
-            )
-
-
-def _check_names(
-    names: Sequence[str], wanted: int, model: Mapping[str, torch.Tensor]
-) -> None:
-    usual = (
-        "of an RMSprop(model.parameters()) they are "
-        "[name for name, _ in model.named_parameters()]"
-    )
-    if len(names) != wanted:
-        raise ValueError(
-            f"`names` must have one for each of the optimizer's {wanted} parameters, "
-            f"in its order, got {len(names)}; {usual}; the model's state has "
-            f"{listed(model)}"
-        )
-    for name in names:
-        if not isinstance(name, str) or name not in model:
-            raise ValueError(
-                f"`names` must be in the model's state, got {_bare(name)}; {usual}; it "
-                f"has {listed(model)}"
-            )
-    for name, count in collections.Counter(names).items():
-        if count > 1:
-            raise ValueError(
-                f"`names` must differ, got {cut(name)} {count} times; {usual}"
-            )
 
 
 def _check_class(optimizer: Any) -> None:
@@ -295,7 +206,7 @@ def _source(
     if foreign := states.keys() - owned:
         raise ValueError(
             "`optimizer` must have a state for its own parameters only, got one for "
-            f"{listed(map(_parameter, foreign))}, which no group has"
+            f"{listed(map(one_parameter, foreign))}, which no group has"
         )
     tied = _tied(tensors, labels)
     once = {name: tensor for name, tensor in tensors.items() if name not in tied}
@@ -349,7 +260,7 @@ def _step(name: str, state: Mapping[str, Any]) -> int:
             f"the optimizer's state of `{cut(name)}` must have its step, got "
             f"{listed(state)}; give the state_dict as it was saved"
         )
-    step = _number(f"`step` of `{cut(name)}`", state["step"])
+    step = finite(f"`step` of `{cut(name)}`", state["step"])
     if step != int(step) or not 0 <= step < 2**31:
         raise ValueError(
             f"`step` of `{cut(name)}` must be an integer in [0, 2³¹), got {step:g}; "
@@ -373,62 +284,19 @@ def _group(label: str, group: Mapping[str, Any], step: int) -> Group:
     for name, value in options.items():
         where = f"`{name}` of group {label} of `optimizer`"
         if not isinstance(defaults.get(name), bool):
-            options[name] = _number(where, value)
+            options[name] = finite(where, value)
         elif not isinstance(value, bool | np.bool_):
             raise TypeError(
-                f"{where} must be True or False, got {shown(value)}; {_AS_TRAINED}"
+                f"{where} must be True or False, got {shown(value)}; {AS_TRAINED}"
             )
     return Group(dialect, options.pop("lr"), options, step)
-
-
-def _number(what: str, value: Any) -> float:
-    """A finite number, or a tensor that holds one."""
-    import torch
-
-    given = value
-    if isinstance(value, torch.Tensor) and problem(value) is None:
-        value = value.item() if value.numel() == 1 else value
-    elif isinstance(value, np.ndarray) and not value.shape:
-        value = value[()]
-    kinds = int | float | np.integer | np.floating
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{what} must be a number, got {shown(given)}; {_AS_TRAINED}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(
-            f"{what} must be a finite number, got {shown(given)}; {_AS_TRAINED}"
-        )
-    return number
-
-
-def _parameter(key: Any) -> str:
-    """A parameter, or what stands for it in a checkpoint, as an error shows it."""
-    shape = getattr(key, "shape", None)
-    return _bare(key) if shape is None else f"one of shape {cut(tuple(shape))}"
-
-
-def _bare(name: Any) -> str:
-    return cut(name) if isinstance(name, str) else shown(name)
-
-
-def _check_tensor(name: str, tensor: Any) -> None:
-    import torch
-
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(
-            f"`{name}` must be a tensor, got {type(tensor).__name__}; give the "
-            "state_dict itself"
-        )
 
 
 def _to_numpy(name: str, tensor: torch.Tensor) -> np.ndarray:
     """Without a copy on the CPU: torch goes on writing into it."""
     import torch
 
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     if reason := problem(tensor):
         raise TypeError(f"`{name}` must {reason}")
     dtype = str(tensor.dtype).removeprefix("torch.")

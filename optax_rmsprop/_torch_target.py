@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from optax_rmsprop._carry import WayBack
 from optax_rmsprop._texts import cut
 from optax_rmsprop._torch_memory import overlaps_itself
 from optax_rmsprop._torch_source import tensors_of
+from optax_rmsprop._way_back import WayBack
 
 if TYPE_CHECKING:
     import torch

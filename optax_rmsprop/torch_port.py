@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import optax
 
-from optax_rmsprop._carry import WayBack, carry
+from optax_rmsprop._carry import carry
 from optax_rmsprop._port import Port
 from optax_rmsprop._torch_source import read, read_checkpoint
 from optax_rmsprop._torch_target import write
+from optax_rmsprop._way_back import WayBack
 
 if TYPE_CHECKING:
     import torch
