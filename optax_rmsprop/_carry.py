@@ -224,11 +224,13 @@ def _moment(field: str, slots: Mapping[str, np.ndarray]) -> np.ndarray:
         return slots[MOMENTS[field]]
     square = slots["square_avg"]
     mean = slots["grad_avg"].astype(np.result_type(square, np.float32))
+    var = np.empty(square.shape, mean.dtype)
     # torch's difference can round below 0, where it gives NaN.
-    if np.iscomplexobj(square):
-        real = np.maximum(square.real - mean.real**2, 0)
-        return real + 1j * np.maximum(square.imag - mean.imag**2, 0)
-    return np.maximum(square - mean * mean, 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        var.real = np.maximum(square.real - mean.real**2, 0)
+        if np.iscomplexobj(square):
+            var.imag = np.maximum(square.imag - mean.imag**2, 0)
+    return var
 
 
 def is_masked(leaf: Any) -> bool:

@@ -102,7 +102,7 @@ class Correspondence:
           TypeError: within `jax.jit`.
           ValueError: naming `name` and the leaf.
         """
-        found, structure = tree_flatten_with_path(tree)
+        found, structure = flattened(name, tree)
         if structure != self._structure:
             given = dict.fromkeys(keystr(path) or "the root" for path, _ in found)
             missing = [path for path in self.paths if path not in given]
@@ -257,6 +257,17 @@ class Correspondence:
                     f"{cut(name)}; let its tree hold them, or freeze the parameter in "
                     "torch"
                 )
+
+
+def flattened(name: str, tree: Any) -> Any:
+    """Leaves with their paths, and the structure, of a tree that JAX can flatten."""
+    try:
+        return tree_flatten_with_path(tree)
+    except ValueError as error:  # of keys that have no order
+        raise ValueError(
+            f"`{name}` must be the port's tree, got one that JAX cannot flatten: "
+            f"{cut(error, 200)}; make it with the same port"
+        ) from error
 
 
 def _changed(path: str) -> ValueError:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from optax_rmsprop._carry import FROZEN, Group, Source, fits, is_masked, probe, report
-from optax_rmsprop._port import Port
+from optax_rmsprop._port import Port, flattened
 from optax_rmsprop._texts import cut, listed, shown
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
 
@@ -71,6 +71,7 @@ class WayBack:
 
     def _in_numpy(self, tree: Any) -> Any:
         """An average's tree, in dtypes with which NumPy and torch calculate."""
+        flattened("opt_state", tree)
         self._places.check_tree("opt_state", _without_masks(tree, self._params))
 
         def usual(leaf: Any) -> Any:

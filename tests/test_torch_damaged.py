@@ -122,6 +122,20 @@ ARGUMENTS = {
         lambda: to_torch(RUN.params, ({}, 5), MODEL, OPTIMIZER, dict),
         "`opt_state` must have the averages of torch's options, .* got none",
     ),
+    "keys without an order": (
+        lambda: to_torch({1: 1.0, "a": 1.0}, RUN.opt_state, MODEL, OPTIMIZER, dict),
+        "`params` must be the port's tree, got one that JAX cannot flatten",
+    ),
+    "keys without an order in a state": (
+        lambda: to_torch(
+            RUN.params,
+            (RUN.opt_state[0]._replace(mu={1: 1.0, "a": 1.0}), *RUN.opt_state[1:]),
+            MODEL,
+            OPTIMIZER,
+            dict,
+        ),
+        "`opt_state` must be the port's tree, got one that JAX cannot flatten",
+    ),
     "within jit": (
         lambda: jax.jit(lambda p: to_torch(p, RUN.opt_state, MODEL, OPTIMIZER, dict))(
             RUN.params

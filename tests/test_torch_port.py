@@ -606,6 +606,9 @@ def test_a_variance_that_rounded_below_0_is_0():
     slots["square_avg"].copy_(slots["grad_avg"] ** 2 * (1 - 1e-6))
     run = from_torch(model, optimizer, linear_port)
     assert (run.opt_state[0].var["bias"] == 0).all()
+    slots["grad_avg"].fill_(1e25)  # whose square overflows, without a warning
+    run = from_torch(model, optimizer, linear_port)
+    assert (run.opt_state[0].var["bias"] == 0).all()
 
 
 def test_buffers_and_frozen_weights_are_brought_back():
