@@ -35,7 +35,7 @@ def run(match, names):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", help="of examples; all of them by default")
     names = parser.parse_args().names
     text = PAGE.read_text()

@@ -191,11 +191,14 @@ def make_folder_of_figure(parser: argparse.ArgumentParser, output: Path) -> None
 
 
 def parse(
-    doc: str, file: str, argv: list[str] | None, **numbers: tuple[int, str]
+    doc: str | None, file: str, argv: list[str] | None, **numbers: tuple[int, str]
 ) -> argparse.Namespace:
-    """The options of a small example: --output, and positive integers, explained."""
+    """The options of a small example: --output, and positive integers, explained.
+
+    `doc` is None under `python -OO`.
+    """
     parser = argparse.ArgumentParser(
-        description=doc.splitlines()[0],
+        description=(doc or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     figure = Path(file).parent / "output" / Path(file).with_suffix(".png").name
@@ -215,7 +218,7 @@ def parse(
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     figure = os.path.relpath(Path(__file__).with_name("output") / "digits.png")

@@ -47,7 +47,7 @@ def outside_references(html: str) -> list[str]:
 def main(argv: list[str] | None = None) -> Path:
     """Write the page, and return its path."""
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

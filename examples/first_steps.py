@@ -77,6 +77,6 @@ def main(epochs=100, figure=None):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", metavar="FIGURE", help="draw the training there")
     main(figure=parser.parse_args().output)

@@ -225,7 +225,7 @@ def draw(moved: list[list[float]], stayed: list[float], path: Path) -> None:
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     name = "resume_from_torch.png"

@@ -217,7 +217,7 @@ def write(path: Path, record: dict, rows: list[dict]) -> None:
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     figure = os.path.relpath(Path(__file__).with_name("output") / "sweep.png")

@@ -1,7 +1,9 @@
 """The examples, run as a user would run them, only shorter."""
 
+import ast
 import importlib.util
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,43 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+ROOT = EXAMPLES.parent
+COMMANDS = [
+    path
+    for folder in ("examples", "benchmarks", "docs")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "ArgumentParser(" in path.read_text() or "parse(__doc__" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_help_needs_no_docstrings(path, monkeypatch, capsys):
+    """As under `python -OO`, which drops them."""
+    monkeypatch.syspath_prepend(path.parent)
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # that of pytest stays
+    code = compile(path.read_text(), path, "exec", optimize=2)
+    namespace = {"__name__": "__main__", "__file__": str(path), "__doc__": None}
+    try:
+        with pytest.raises(SystemExit, match="0"):
+            exec(code, namespace)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"could not import {error.name!r}")
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: {path.name} [-h]")
+    assert re.search(r"^  (--)?\w+.*\n? +\w+", text, re.M)  # an option, explained
+
+
+def test_nothing_relies_on_assert():
+    """`python -O` drops it."""
+    folders = [EXAMPLES, ROOT / "benchmarks", ROOT / "optax_rmsprop"]
+    paths = [path for folder in folders for path in folder.rglob("*.py")]
+    assert len(paths) > 40
+    for path in paths:
+        nodes = ast.walk(ast.parse(path.read_text()))
+        assert not any(isinstance(node, ast.Assert) for node in nodes), path
 
 
 def test_first_steps_ends_as_it_says():
