@@ -3,34 +3,60 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from optax import add_decayed_weights as add_decayed_weights
-from optax import trace as trace
+from optax import add_decayed_weights, trace
 
-from optax_rmsprop.optimizer import rmsprop as rmsprop
-from optax_rmsprop.transforms import ScaleByRmsState as ScaleByRmsState
-from optax_rmsprop.transforms import ScaleByStddevState as ScaleByStddevState
-from optax_rmsprop.transforms import scale_by_rms as scale_by_rms
-from optax_rmsprop.transforms import scale_by_stddev as scale_by_stddev
+from optax_rmsprop.optimizer import rmsprop
+from optax_rmsprop.transforms import (
+    ScaleByRmsState,
+    ScaleByStddevState,
+    scale_by_rms,
+    scale_by_stddev,
+)
 
 if TYPE_CHECKING:
-    from optax_rmsprop import dialects as dialects
-    from optax_rmsprop import torch_layers as torch_layers
-    from optax_rmsprop.diagnostics import Diagnosis as Diagnosis
-    from optax_rmsprop.diagnostics import diagnose as diagnose
-    from optax_rmsprop.keras_port import from_keras as from_keras
-    from optax_rmsprop.low_precision import CompressedState as CompressedState
-    from optax_rmsprop.low_precision import compress_state as compress_state
-    from optax_rmsprop.low_precision import decompress_state as decompress_state
+    from optax_rmsprop import dialects, torch_layers
+    from optax_rmsprop.diagnostics import Diagnosis, diagnose
+    from optax_rmsprop.keras_port import from_keras
     from optax_rmsprop.low_precision import (
-        stochastic_apply_updates as stochastic_apply_updates,
+        CompressedState,
+        compress_state,
+        decompress_state,
+        stochastic_apply_updates,
     )
-    from optax_rmsprop.optax_port import from_optax as from_optax
-    from optax_rmsprop.sharding import check_state_shardings as check_state_shardings
-    from optax_rmsprop.sharding import state_shardings as state_shardings
-    from optax_rmsprop.torch_port import TorchRun as TorchRun
-    from optax_rmsprop.torch_port import from_torch as from_torch
-    from optax_rmsprop.torch_port import from_torch_checkpoint as from_torch_checkpoint
-    from optax_rmsprop.torch_port import to_torch as to_torch
+    from optax_rmsprop.optax_port import from_optax
+    from optax_rmsprop.sharding import check_state_shardings, state_shardings
+    from optax_rmsprop.torch_port import (
+        TorchRun,
+        from_torch,
+        from_torch_checkpoint,
+        to_torch,
+    )
+
+__all__ = [
+    "CompressedState",
+    "Diagnosis",
+    "ScaleByRmsState",
+    "ScaleByStddevState",
+    "TorchRun",
+    "add_decayed_weights",
+    "check_state_shardings",
+    "compress_state",
+    "decompress_state",
+    "diagnose",
+    "dialects",
+    "from_keras",
+    "from_optax",
+    "from_torch",
+    "from_torch_checkpoint",
+    "rmsprop",
+    "scale_by_rms",
+    "scale_by_stddev",
+    "state_shardings",
+    "stochastic_apply_updates",
+    "to_torch",
+    "torch_layers",
+    "trace",
+]
 
 __version__ = "0.1.0"
 
@@ -65,4 +91,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *__all__})

@@ -43,6 +43,21 @@ import numpy as np
 if TYPE_CHECKING:
     from flax import nnx
 
+__all__ = [
+    "both_biases",
+    "conv",
+    "conv_transpose",
+    "embedding",
+    "gru",
+    "linear",
+    "lstm",
+    "nnx_fused",
+    "nnx_lstm",
+    "norm",
+    "one_bias",
+    "running_stats",
+]
+
 Weights = Mapping[str, np.ndarray]
 GATES = {"lstm": "ifgo", "gru": "rzn"}  # in the order in which torch stacks them
 

@@ -1,9 +1,11 @@
 """At home in JAX: traced once, any dtype, vmap, None leaves, derivatives."""
 
 import functools
+import importlib
 import itertools
 import subprocess
 import sys
+import types
 
 import chex
 import jax
@@ -362,6 +364,24 @@ def test_an_array_of_0_is_not_off(name):
     assert text.count("\n") > plain_text.count("\n")
 
 
+MODULES = ("optax_rmsprop", "optax_rmsprop.dialects", "optax_rmsprop.torch_layers")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_star_import_brings_the_public_names_and_no_others(name):
+    namespace = {}
+    exec(f"from {name} import *", namespace)
+    module = importlib.import_module(name)
+    functions = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and getattr(value, "__module__", "").startswith(module.__name__)
+        and isinstance(value, types.FunctionType)
+    }
+    assert namespace.keys() - {"__builtins__"} == set(module.__all__) >= functions
+
+
 def test_import_needs_neither_torch_nor_flax():
     code = """import sys, optax_rmsprop
 assert optax_rmsprop.rmsprop(0.1).init(1.0)[0].nu == 0
@@ -370,6 +390,8 @@ assert optax_rmsprop.dialects.torch(0.1).init(1.0)[0].nu == 0
 assert optax_rmsprop.from_torch and optax_rmsprop.from_keras
 assert optax_rmsprop.torch_layers.linear
 assert not hasattr(optax_rmsprop, "nonsense")
+from optax_rmsprop import *
+assert from_torch_checkpoint and torch_layers.lstm
 print(sorted({"torch", "flax", "keras"} & sys.modules.keys()))"""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
