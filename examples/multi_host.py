@@ -212,7 +212,8 @@ def start_processes(options: argparse.Namespace, arguments: list[str]) -> None:
     command.append(f"127.0.0.1:{port}")
     # An exception could come between a start and its entry in the list.
     terminated = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: terminated.set())
     processes = [
         subprocess.Popen([*command, "--process", str(number)], env=environment)
         for number in range(options.processes)
@@ -233,7 +234,7 @@ def start_processes(options: argparse.Namespace, arguments: list[str]) -> None:
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, kind, default, text in (

@@ -19,17 +19,33 @@ devices: the state is then the same bits, and later steps differ by rounding.
 A checkpoint is the parameters, the optimizer's state and the random key (sharded over
 the devices), and in a small JSON file the step, from which the order of the data
 follows, the options of the run and a checksum of the state. Orbax writes it in the
-background and renames it when it is whole. A checkpoint that cannot be read, or whose
-checksum is wrong, is moved to CHECKPOINTS/damaged, with a warning, and the run goes on
-from the one before. A checkpoint of another run is an error, and nothing is touched; so
-is a second process on the same folder.
+background and renames it when it is whole. A checkpoint whose files are read and are
+wrong is moved to CHECKPOINTS/damaged, with a warning, and the run goes on from the one
+before. A checkpoint of another run is an error, and nothing is touched; so are a second
+process on the same folder, and a file that the system cannot read.
+
+Ctrl-C ends the run after the step and the checkpoint that are under way, with status
+130. A second Ctrl-C ends it at once.
 """
+
+import os
+import signal
+
+if __name__ == "__main__":
+    # Here already, since an interrupted import ends in a long traceback, and without an
+    # exception, since a library could catch it.
+    def leave(*_) -> None:
+        os.write(2, b"stopped by Ctrl-C: give the same command to go on\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, leave)
 
 import argparse
 import fcntl
 import hashlib
+import json
 import logging
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -177,7 +193,32 @@ class ForeignError(ValueError):
 
 
 class DamagedError(ValueError):
-    """A checkpoint that cannot be read."""
+    """A checkpoint whose files can be read, but are wrong."""
+
+
+class DiskError(OSError):
+    """The system cannot read or write, which says nothing about the checkpoints."""
+
+
+@contextmanager
+def late_interrupt() -> Iterator[list[int]]:
+    """Keep Ctrl-C back until the end, so that it comes between no two lines of Orbax.
+
+    The list has an item once it was pressed. A second Ctrl-C is not kept back.
+    """
+    pressed: list[int] = []
+
+    def keep_back(number: int, _: Any) -> None:
+        pressed.append(number)
+        signal.signal(number, before)
+
+    before = signal.signal(signal.SIGINT, keep_back)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
@@ -200,34 +241,54 @@ class Checkpoints:
 
     def __init__(self, run: Run, options: argparse.Namespace):
         self.run, self.folder = run, options.checkpoints.absolute()
-        self.steps = options.steps
+        self.steps, self.keep = options.steps, options.keep
         self.options = {
             name: value
             for name, value in sorted(vars(options).items())
             if name not in FREE_OPTIONS
         }
-        self.manager = ocp.CheckpointManager(
+
+    def manager(self, **options: Any) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self.folder,
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "run": ocp.JsonCheckpointHandler(),
             },
-            options=ocp.CheckpointManagerOptions(max_to_keep=options.keep),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self.keep,
+                lightweight_initialize=True,  # else one damaged checkpoint is an error
+                **options,
+            ),
         )
 
-    def save(self, step: int, state: State) -> None:
+    def save(self, manager: ocp.CheckpointManager, step: int, state: State) -> None:
         record = {
             "step": step,
             "options": self.options,
+            "leaves": leaf_names(state),
             "checksum": int(self.run.checksum(state)),
             "devices": self.run.mesh.size,
         }
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(record)
-            ),
+        record["digest"] = digest(record)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(record)
         )
+        with self.writing():
+            manager.save(step, args=args)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Orbax raises what fails in the background at the next save or at the end."""
+        try:
+            yield
+        except Exception as error:
+            code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's
+            raise DiskError(
+                f"--checkpoints: cannot write in {self.folder}: "
+                f"{os.strerror(int(code[1])) if code else first_line(error)}. Mend "
+                "that, and give the same command to go on"
+            ) from error
 
     def restore(self) -> tuple[int, State] | None:
         """The step and state of the latest good checkpoint, None if there is none."""
@@ -238,19 +299,20 @@ class Checkpoints:
                     f"got the file {path}. Move it, or name another folder"
                 )
         damaged: list[tuple[int, DamagedError]] = []
-        for step in sorted(self.manager.all_steps(), reverse=True):
-            try:
-                state = self.restore_step(step)
-            except DamagedError as error:
-                damaged.append((step, error))
-                continue
-            if step > self.steps:
-                raise ValueError(
-                    f"--steps: must be at least {step}, the step of the latest "
-                    f"checkpoint in {self.folder}, got {self.steps}"
-                )
-            self.move_away(damaged, step)
-            return step, state
+        with self.manager() as manager:
+            for step in sorted(manager.all_steps(), reverse=True):
+                try:
+                    state = self.restore_step(manager, step)
+                except DamagedError as error:
+                    damaged.append((step, error))
+                    continue
+                if step > self.steps:
+                    raise ValueError(
+                        f"--steps: must be at least {step}, the step of the latest "
+                        f"checkpoint in {self.folder}, got {self.steps}"
+                    )
+                self.move_away(damaged, step)
+                return step, state
         if damaged:
             found = "; ".join(f"step {step}: {error}" for step, error in damaged)
             raise DamagedError(
@@ -260,43 +322,52 @@ class Checkpoints:
             )
         return None
 
-    def restore_step(self, step: int) -> State:
-        # A damaged file shows as any error: Orbax, tensorstore and JSON have their own.
-        try:
-            saved = self.manager.item_metadata(step).get("state")
-            if saved is None:
-                raise FileNotFoundError("it has no item `state`")
+    def restore_step(self, manager: ocp.CheckpointManager, step: int) -> State:
+        with self.reading(step):
             args = ocp.args.Composite(run=ocp.args.JsonRestore())
-            record = self.manager.restore(step, args=args)["run"]
-            leaves = leaf_names(saved)
-            options, expected = dict(record["options"]), record["checksum"]
-            devices = record["devices"]
+            record = manager.restore(step, args=args)["run"]
+            if record.pop("digest") != digest(record):
+                raise ValueError("its `run/metadata` was changed")
             if record["step"] != step:
                 raise ValueError(f"it is of step {record['step']}")
-        except Exception as error:
-            raise DamagedError(first_line(error)) from error
-        wrong = self.other_leaves(leaves) + self.other_options(options)
+        wrong = self.other_leaves(record["leaves"])
+        wrong += self.other_options(record["options"])
         if wrong:
             raise ForeignError(
                 f"--checkpoints: must hold this run, but step {step} of {self.folder} "
                 "is of another:\n  " + "\n  ".join(wrong) + "\nGive the options of "
                 "that run, or another folder. Nothing was changed"
             )
-        try:
+        with self.reading(step):
             args = ocp.args.StandardRestore(self.run.abstract_state)
             args = ocp.args.Composite(state=args)
-            state = self.manager.restore(step, args=args)["state"]
-            found = int(self.run.checksum(state))
-        except Exception as error:
-            raise DamagedError(first_line(error)) from error
-        if found != expected:
-            raise DamagedError(f"the checksum must be {expected}, got {found}")
+            state = manager.restore(step, args=args)["state"]
+            found, expected = int(self.run.checksum(state)), record["checksum"]
+            if found != expected:
+                raise ValueError(f"the checksum must be {expected}, got {found}")
+        devices = record["devices"]
         if devices != self.run.mesh.size:
             print(
                 f"step {step} was saved on {devices} devices, restored onto "
                 f"{self.run.mesh.size}"
             )
         return state
+
+    @contextmanager
+    def reading(self, step: int) -> Iterator[None]:
+        """An error is damage if the system can read all: Orbax may hide its errors."""
+        try:
+            yield
+        except Exception as error:
+            try:
+                read_all(self.folder / str(step))
+            except OSError as cause:
+                raise DiskError(
+                    f"--checkpoints: cannot read step {step} of {self.folder}: "
+                    f"{cause}. Mend that, or move {step} elsewhere to go on from the "
+                    "one before. Nothing was changed"
+                ) from error
+            raise DamagedError(first_line(error)) from error
 
     def other_leaves(self, saved: dict[str, str]) -> list[str]:
         here = leaf_names(self.run.abstract_state)
@@ -326,13 +397,17 @@ class Checkpoints:
                 f"to {place}, going on from step {good}",
                 flush=True,
             )
-        if damaged:
-            self.manager.reload()
 
-    def remove_half_written(self) -> None:
-        """Only once the run is accepted: Orbax would do it before."""
-        for path in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(path)
+
+def read_all(folder: Path) -> None:
+    """Raise the system's error if there is a file or a folder that it cannot read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            Path(place, name).read_bytes()
 
 
 def first_line(error: Exception) -> str:
@@ -341,18 +416,15 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {line[:200]}"
 
 
+def digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def leaf_names(tree: Any) -> dict[str, str]:
-    """Names and kinds: what Orbax reads back has lists and dicts for tuples."""
-
-    def name(path: tuple[Any, ...]) -> str:
-        parts = (
-            getattr(part, "name", getattr(part, "key", getattr(part, "idx", part)))
-            for part in path
-        )
-        return "/".join(map(str, parts))
-
     return {
-        name(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
@@ -376,29 +448,33 @@ def hash_of(params: Any) -> str:
 
 def train(options: argparse.Namespace) -> State:
     run = Run(options)
-    with locked(options.checkpoints):
+    with late_interrupt() as pressed, locked(options.checkpoints):
         checkpoints = Checkpoints(run, options)
-        with checkpoints.manager:
-            restored = checkpoints.restore()
-            checkpoints.remove_half_written()
-            if restored is None:
-                first, state = 0, run.init(options.seed)
-                print("starting at step 0", flush=True)
-            else:
-                first, state = restored
-                print(f"going on from step {first}", flush=True)
+        restored = checkpoints.restore()
+        if restored is None:
+            first, state = 0, run.init(options.seed)
+            print("starting at step 0", flush=True)
+        else:
+            first, state = restored
+            print(f"going on from step {first}", flush=True)
+        # The run is accepted: what a killed one has left half written may go.
+        with checkpoints.manager(cleanup_tmp_directories=True) as manager:
             for step, images, labels in batches(run, options, first):
+                if pressed:
+                    break
                 state, loss = run.step(state, images, labels)
                 done = step + 1
                 if done % options.save_every == 0 or done == options.steps:
-                    checkpoints.save(done, state)
+                    checkpoints.save(manager, done, state)
                     print(f"step {done}: loss {float(loss):.4f}", flush=True)
-    return state  # the manager has waited for the last checkpoint
+            with checkpoints.writing():
+                manager.wait_until_finished()
+    return state
 
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     folder = Path(__file__).with_name("output") / "preemptible"
@@ -436,9 +512,17 @@ def main(argv: list[str] | None = None) -> str:
             f"--batch-size: must be a multiple of the {jax.device_count()} devices, at "
             f"most {TRAINED_ON}, got {options.batch_size}"
         )
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax takes [ for a pattern, and tensorstore \\ for / and only UTF-8.
+    if re.search(r"[\[\\\ud800-\udfff]", folder := str(options.checkpoints.absolute())):
+        parser.error(
+            f"--checkpoints: must be a path in UTF-8 without [ and \\, got {folder!r}"
+        )
+    for name in ("absl", "asyncio"):  # what they report is raised too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         state = train(options)
+    except DiskError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     except OSError as error:
         parser.error(f"--checkpoints: must be a folder to write in: {error}")
     except ValueError as error:
