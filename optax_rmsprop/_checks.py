@@ -367,13 +367,21 @@ def dtype_of(leaf: Any) -> Any:
         return None
 
 
-def not_integer(name: str, leaf: Any, path: Any) -> None:
-    """Check that a large array of a state is no array of integers."""
-    if jnp.issubdtype(jnp.result_type(leaf), jnp.integer):
+def compressible(name: str, leaf: Any, path: Any) -> None:
+    """Check that a large array of a state has numbers in the range of float32."""
+    dtype = jnp.result_type(leaf)
+    why = ""
+    if jnp.issubdtype(dtype, jnp.integer):
+        why = "leave integer parameters out with optax.masked"
+    elif dtype == jnp.float64:
+        why = (
+            "what is kept has the range of float32: keep averages in float32, in "
+            "rmsprop by accumulator_dtype=jnp.float32"
+        )
+    if why:
         raise ValueError(
-            f"`{name}` must keep floating-point numbers in a parameter's shape, got "
-            f"{jnp.result_type(leaf)} at {at(path)}; leave integer parameters out "
-            "with optax.masked"
+            f"`{name}` must keep floating-point numbers of at most 32 bits in a "
+            f"parameter's shape, got {dtype} at {at(path)}; {why}"
         )
 
 

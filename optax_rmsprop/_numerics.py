@@ -161,14 +161,28 @@ def update_dtype_of(g: ArrayLike, p: ArrayLike | None = None) -> np.dtype:
 
 
 def cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
-    """Convert to `dtype`, holding finite values within its range; infinity is NaN."""
+    """Convert to `dtype`, to a complex one if x is complex.
+
+    Finite values are held within its range; infinity becomes NaN if it has less range.
+    """
     x = jnp.asarray(x)
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        dtype = np.result_type(dtype, np.complex64)
     if x.dtype == dtype:
         return x
-    limit = float(jnp.finfo(dtype).max)
-    if limit < float(jnp.finfo(x.dtype).max):
-        x = by_parts(lambda part: clip(part, limit) + 0 * part, x)
+    if float(jnp.finfo(dtype).max) < float(jnp.finfo(x.dtype).max):
+        x = within_range(x, dtype, x)
     return x.astype(dtype)
+
+
+def within_range(total: jax.Array, dtype: DTypeLike, *terms: jax.Array) -> jax.Array:
+    """Hold a sum within the range of `dtype`; it is NaN where a term is infinite."""
+    limit = float(jnp.finfo(dtype).max)
+
+    def held(total: jax.Array, *terms: jax.Array) -> jax.Array:
+        return clip(total, limit) + sum(0 * term.astype(total.dtype) for term in terms)
+
+    return by_parts(held, total, *terms)
 
 
 def product(*factors: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from optax_rmsprop import _checks, _codes
 from optax_rmsprop._codes import Format
-from optax_rmsprop._numerics import cast
+from optax_rmsprop._numerics import accumulator_dtype_of, cast, within_range
 from optax_rmsprop._rounding import random_words, stochastic_round
 
 
@@ -76,7 +76,9 @@ def compress_state(
     become 0. While an array has a NaN, its scale stays.
 
     Args:
-      tx: any optax transformation. Chained, wrap the part whose state is large.
+      tx: any optax transformation. Chained, wrap the part whose state is large. With
+        float64 parameters keep its averages in float32 (in rmsprop by
+        accumulator_dtype=jnp.float32): what is kept has the range of float32.
       dtype: jnp.bfloat16 or jnp.uint8.
       seed: a Python integer in [0, 2³²). The same seed gives the same bits, also in
         the shards of `jax.shard_map`, the runs of `jax.vmap`, and the parts of a chain.
@@ -94,8 +96,9 @@ def compress_state(
     Raises:
       TypeError: a `tx` that is no optax transformation; a seed or size that is no
         integer; an array of the state that does not stay floating point.
-      ValueError: another dtype; a number out of its range; a state that is compressed
-        already, or made with another dtype or without compression.
+      ValueError: another dtype; a number out of its range; a large array of the state
+        in float64 or of integers; a state that is compressed already, or made with
+        another dtype or without compression.
 
     Example:
       >>> import jax.numpy as jnp, optax_rmsprop
@@ -140,7 +143,7 @@ def compress_state(
             of_parameter = shape in shapes and shape != ()
             if not of_parameter or size == 0 or size < min_size:
                 return None
-            _checks.not_integer("tx", x, path)
+            _checks.compressible("tx", x, path)
             floating = jnp.issubdtype(x.dtype, jnp.floating)
             saves = x.dtype.itemsize > dtype.itemsize
             return jnp.zeros([], x.dtype) if floating and saves else None
@@ -245,8 +248,8 @@ def stochastic_apply_updates(
     The odds are those that make the mean of the new parameter the exact sum. A bfloat16
     parameter of 1 has neighbours 0.004 and 0.008 away: rounded to the nearest, an
     update of 0.001 leaves it where it is, for ever; rounded at random, every fourth or
-    eighth such update moves it by a whole level. Sums are made in float32. Parameters
-    in other dtypes get `optax.apply_updates`.
+    eighth such update moves it by a whole level. Sums are made in float32 or, if either
+    is in float64, in that. Parameters in other dtypes are rounded to the nearest.
 
     Args:
       params: the parameters.
@@ -257,9 +260,9 @@ def stochastic_apply_updates(
         same way. `jax.random.fold_in(key, step)` makes one.
 
     Returns:
-      The new parameters, in the structure, shapes and dtypes of the old. What is finite
-      stays finite; infinity becomes NaN in bfloat16 and float16. Rounding passes no
-      derivatives.
+      The new parameters, in the structure, shapes and dtypes of the old. A sum of
+      finite numbers is held within the range of the dtype; where either is infinite, it
+      is NaN. Rounding at random passes no derivatives.
 
     Raises:
       TypeError: a key that is none.
@@ -286,9 +289,11 @@ def stochastic_apply_updates(
     def leaf(p: Any, u: Any, its_words: list[jax.Array]) -> Any:
         if u is None:
             return p
+        wide = np.result_type(accumulator_dtype_of(p), accumulator_dtype_of(u))
+        terms = cast(p, wide), cast(u, wide)
+        exact = within_range(jnp.add(*terms), wide, *terms)
         if jnp.result_type(p) not in (jnp.bfloat16, jnp.float16):
-            return optax.apply_updates(p, u)
-        exact = jnp.asarray(p, jnp.float32) + jnp.asarray(u, jnp.float32)
+            return cast(exact, jnp.result_type(p))
         return stochastic_round(exact, p.dtype, its_words)
 
     rows = zip(structure.flatten_up_to(params), leaves, words, strict=True)

@@ -14,6 +14,7 @@ from optax_rmsprop._numerics import (
     cast,
     product,
     update_dtype_of,
+    within_range,
 )
 from optax_rmsprop.transforms import scale_by_rms, scale_by_stddev
 
@@ -166,7 +167,7 @@ def rmsprop(
         if maximize:
             transforms.append(optax.scale(-1.0))
         if decays and not decoupled_weight_decay:
-            transforms.append(optax.add_decayed_weights(weight_decay, mask))
+            transforms.append(_add_decayed_weights(weight_decay, mask))
         transforms.append(rescale)
         if lr_in_momentum:
             transforms.append(
@@ -178,7 +179,7 @@ def rmsprop(
             rate = weight_decay
             if lr_in_momentum:  # the learning rate has been applied already
                 rate = product(weight_decay, learning_rate)
-            transforms.append(optax.add_decayed_weights(rate, mask))
+            transforms.append(_add_decayed_weights(rate, mask))
         if lr_in_momentum:
             transforms.append(optax.scale(-1.0))
         else:
@@ -240,6 +241,23 @@ def rmsprop(
         return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _add_decayed_weights(
+    rate: optax.ScalarOrSchedule, mask: Callable[[optax.Params], Any] | None
+) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` whose sums of finite numbers are finite."""
+    tx = optax.add_decayed_weights(rate)
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params
+    ) -> tuple[optax.Updates, optax.OptState]:
+        sums, state = tx.update(updates, state, params)
+        held = lambda total, *terms: within_range(total, total.dtype, *terms)  # noqa: E731
+        return jax.tree.map(held, sums, updates, params), state
+
+    held = optax.GradientTransformation(tx.init, update_fn)
+    return held if mask is None else optax.masked(held, mask)
 
 
 def _map(function: Callable[..., Any], *trees: Any) -> Any:

@@ -213,15 +213,15 @@ def test_traced_once_and_the_state_never_changes_its_kind(name, dtype):
 @in_either
 def test_parameters_in_half_precision_and_in_float64(dtype, request):
     request.getfixturevalue("x64")
-    for of_params, of_state in (("bfloat16", "float32"), ("float64", "float64")):
+    for of_params in ("bfloat16", "float64"):
         params = jnp.ones((64, 64), of_params)
-        tx = compress_state(rmsprop(momentum=0.9), dtype)
+        tx = compress_state(rmsprop(momentum=0.9, accumulator_dtype="float32"), dtype)
         state = tx.init(params)
         for _ in range(3):
             updates, state = jax.jit(tx.update)(params, state, params)
             assert updates.dtype == of_params
         nu = optax.tree.get(decompress_state(state), "nu")
-        assert nu.dtype == of_state
+        assert nu.dtype == "float32"
         np.testing.assert_allclose(nu, 1 - 0.99**3, rtol=0.5)
 
 
@@ -515,6 +515,20 @@ def test_a_state_from_elsewhere_is_refused(dtype):
         decompress_state(rmsprop().init(params))
 
 
+@in_either
+@pytest.mark.parametrize("min_size", [4096, 4097])
+def test_float64_is_refused_where_it_would_be_compressed(min_size, dtype, x64):
+    params = {"w": jnp.full((64, 64), 1e60)}
+    tx = compress_state(rmsprop(eps=0.0), dtype, min_size=min_size)
+    if min_size > 4096:
+        updates, _ = tx.update(params, tx.init(params))
+        np.testing.assert_allclose(updates["w"], -0.1)
+        return
+    says = r"float64 at \[0\]\.nu\['w'\]; .*accumulator_dtype=jnp\.float32"
+    with pytest.raises(ValueError, match=says):
+        tx.init(params)
+
+
 def test_integers_in_a_state_are_refused():
     params = {"table": jnp.ones((64, 64), jnp.int32)}
     says = r"`tx` must keep floating.*int32 at \[0\]\.trace\['table'\]; .*masked"
@@ -595,17 +609,19 @@ def test_what_needs_no_rounding_stays(dtype):
         np.testing.assert_array_equal(new, params)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-def test_what_is_finite_stays_finite_and_the_rest_is_nan(dtype):
+@pytest.mark.parametrize("dtype", [*HALVES, "float32", "float64", "complex64"])
+def test_what_is_finite_stays_finite_and_the_rest_is_nan(dtype, x64):
     largest = float(jnp.finfo(dtype).max)
-    params = jnp.asarray([largest, -largest, 1, jnp.nan, 1], dtype)
-    updates = jnp.asarray(
-        [largest / 500, -largest / 500, jnp.inf, 1, jnp.nan], jnp.float32
-    )
+    params = jnp.asarray([largest, -largest, 1, 1, jnp.nan, 1, jnp.inf], dtype)
+    updates = jnp.asarray([largest, -largest, 1e300, jnp.inf, 1, jnp.nan, 1])
+    if dtype != "float64":
+        largest_held = [largest, -largest, largest]
+    else:
+        largest_held = [largest, -largest, 1e300]
     new = stochastic_apply_updates(params, updates, jax.random.key(0))
-    assert new[0] == params[0]
-    assert new[1] == params[1]
-    assert jnp.isnan(new[2:]).all()
+    assert new.dtype == dtype
+    assert new[:3].real.tolist() == largest_held
+    assert jnp.isnan(new[3:].real).all()
 
 
 def test_wide_parameters_and_none_are_left_to_optax():

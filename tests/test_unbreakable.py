@@ -154,6 +154,35 @@ def test_the_largest_numbers_stay_finite(scale_by, bias_correction, decay, dtype
     assert is_finite(updates)
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64"])
+def test_weight_decay_of_the_largest_numbers_is_finite(dtype, decoupled):
+    largest = float(jnp.finfo(dtype).max)
+    params = {"w": jnp.asarray([largest, -largest, 1.0, jnp.inf], dtype)}
+    gradients = {"w": jnp.asarray([largest, -largest, jnp.inf, 1.0], dtype)}
+    for mask in (None, {"w": True}):
+        tx = rmsprop(
+            weight_decay=10.0, decoupled_weight_decay=decoupled, weight_decay_mask=mask
+        )
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        exact = [-0.01 * largest, 0.01 * largest] if decoupled else [-0.1, 0.1]
+        np.testing.assert_allclose(updates["w"][:2].real, exact, rtol=1e-5)
+        assert jnp.isnan(updates["w"][2:].real).all()
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_real_gradients_of_complex_parameters(centered):
+    tx = rmsprop(momentum=0.9, centered=centered)
+    state = tx.init(jnp.zeros(2, jnp.complex64))
+    g = jnp.array([1.0, -2.0], jnp.float32)
+    for params in (None, jnp.zeros(2, jnp.complex64)):
+        updates, new = tx.update(g, state, params)
+        as_complex, _ = tx.update(g.astype(jnp.complex64), state, params)
+        assert updates.dtype == as_complex.dtype == jnp.complex64
+        np.testing.assert_array_equal(updates, as_complex)
+        assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state)
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_momentum_of_steady_centered_gradients_is_finite(dtype, nesterov):
