@@ -102,7 +102,7 @@ def number(
     if not is_real(value):
         if callable(value) and not isinstance(value, type):
             hint = "; to schedule it use optax.inject_hyperparams"
-        elif isinstance(value, jax.Array) and jnp.iscomplexobj(value):
+        elif isinstance(value, jax.Array) and jnp.iscomplexobj(value) and not hint:
             hint = _HYPERPARAM_DTYPE
         raise TypeError(f"{rule}, got {shown(value)}{hint}")
     if np.ndim(value) != 0:
@@ -139,7 +139,7 @@ _HYPERPARAM_DTYPE = "; with optax.inject_hyperparams pass hyperparam_dtype=jnp.f
 
 def is_real(value: Any) -> bool:
     """Whether a value is a real number or an array of real numbers."""
-    if not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
+    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array):
         return False
     if isinstance(value, int):
         return not isinstance(value, bool)
@@ -168,7 +168,7 @@ def schedule(name: str, value: Any, **rules: Any) -> ScalarOrSchedule:
         result = value(count)
         is_array = isinstance(result, jax.Array) and result.ndim == 0
         if not (is_array and is_real(result)):
-            number(name, result, hint=" from its schedule")
+            number(name, result, **{**rules, "hint": " from its schedule"})
         return result
 
     return checked
@@ -491,7 +491,10 @@ def _fields(state: Any, start: Any = ()) -> Iterator[tuple[Any, str, Any]]:
 
 
 def count(name: str, value: Any, where: str = ".count") -> None:
-    """Check a number of updates: an integer, not negative unless it is traced."""
+    """Check a number of updates: an integer, and not negative where it is known.
+
+    It is not known while it is traced or still computed: that is not waited for.
+    """
     rule, dtype = f"`{name}` must count updates in one integer", dtype_of(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         got = kind_of(value) if dtype is None else dtype
@@ -501,7 +504,10 @@ def count(name: str, value: Any, where: str = ".count") -> None:
             f"{rule}, got shape {np.shape(value)} at {where}; use jax.vmap for the "
             "states of many runs"
         )
-    known = 0 if isinstance(value, Tracer) else int(value)
+    unknown = isinstance(value, jax.Array) and (
+        isinstance(value, Tracer) or not value.is_ready()  # type: ignore[attr-defined]
+    )
+    known = 0 if unknown else int(value)
     if not 0 <= known <= jnp.iinfo(dtype).max:
         raise ValueError(
             f"{rule} from 0, got {shown(known)} at {where}; call init again"

@@ -30,7 +30,10 @@ def clip(x: jax.Array, limit: float) -> jax.Array:
 
 
 class Moment(NamedTuple):
-    """A second moment by its parts: decay * old + weight * x², the latter ≤ most."""
+    """A second moment by its parts: decay * old + weight * x².
+
+    The second product is held at `most`.
+    """
 
     decay: jax.Array
     old: jax.Array
@@ -60,10 +63,10 @@ def divide(
 
     A second epsilon (1e-35 in float32) keeps the root's derivative and the quotient
     finite at 0. It is lost in the rounding of every moment above 1e-27. The quotient is
-    held at 1e30 (2¹⁰⁰): momentum can add 2²⁵ of them without an overflow.
+    held at 2¹⁰⁰ in float32 (1e30): momentum can add 2²⁵ of them without an overflow.
     """
     g = clip(g, largest(g.dtype)) + 0 * g  # NaN where g is infinite
-    return _term((1, 0, 1, 0), eps_in_sqrt, g, moment, jnp.asarray(eps, g.dtype))
+    return _quotient(eps_in_sqrt, g, moment, jnp.asarray(eps, g.dtype))
 
 
 # Differentiated by the usual rules, the quotient passes the moment a cotangent of
@@ -78,43 +81,82 @@ def divide(
 #     term(i, j, m, n) = gⁱ (x/root)ʲ / (denominatorᵐ rootⁿ)
 #     d root = (weight * x * dx + (old * d decay + ...) / 2) / root
 #
-# the rule below is that of powers. It keeps the derivatives of any order finite.
+# `_tangent` is the rule of powers. It keeps the derivatives of any order finite.
+
+Powers = tuple[int, int, int, int]
+Arguments = tuple[jax.Array, Moment, jax.Array]  # g, moment, eps
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _quotient(
+    eps_in_sqrt: bool, g: jax.Array, moment: Moment, eps: jax.Array
+) -> jax.Array:
+    return _value((1, 0, 1, 0), eps_in_sqrt, (g, moment, eps))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _term(
-    powers: tuple[int, int, int, int],
-    eps_in_sqrt: bool,
-    g: jax.Array,
-    moment: Moment,
-    eps: jax.Array,
+    powers: Powers, eps_in_sqrt: bool, g: jax.Array, moment: Moment, eps: jax.Array
 ) -> jax.Array:
-    i, j, m, n = powers
-    least = g / _room(g.dtype)  # below it the quotient would be out of range
-    above_0 = float(jnp.finfo(g.dtype).tiny) * 2**10 + least * least
+    """A term, held within range, whose derivatives are held within it too.
+
+    `lax.scan` forgets the rule below when it is differentiated in reverse mode, and
+    then differentiates this body for second derivatives. So the body has the same
+    first derivatives by itself: those of a linear function of differences that are 0.
+    """
+    arguments = g, moment, eps
+    constants = jax.lax.stop_gradient(arguments)
+    differences = jax.tree.map(jnp.subtract, arguments, constants)
+
+    def held(i: int, j: int, m: int, n: int) -> jax.Array:
+        value = _value((i, j, m, n), eps_in_sqrt, constants)
+        return clip(value, _room(value.dtype))
+
+    linear = _tangent(held, powers, eps_in_sqrt, constants, differences)
+    return held(*powers) + linear
+
+
+@_quotient.defjvp
+def _quotient_jvp(
+    eps_in_sqrt: bool, arguments: Arguments, tangents: Arguments
+) -> tuple[jax.Array, jax.Array]:
+    term = lambda *powers: _term(powers, eps_in_sqrt, *arguments)  # noqa: E731
+    tangent = _tangent(term, (1, 0, 1, 0), eps_in_sqrt, arguments, tangents)
+    return _quotient(eps_in_sqrt, *arguments), tangent
+
+
+@_term.defjvp
+def _term_jvp(
+    powers: Powers, eps_in_sqrt: bool, arguments: Arguments, tangents: Arguments
+) -> tuple[jax.Array, jax.Array]:
+    term = lambda *powers: _term(powers, eps_in_sqrt, *arguments)  # noqa: E731
+    tangent = _tangent(term, powers, eps_in_sqrt, arguments, tangents)
+    return term(*powers), tangent
+
+
+def _value(powers: Powers, eps_in_sqrt: bool, arguments: Arguments) -> jax.Array:
+    (i, j, m, n), (g, moment, eps) = powers, arguments
+    above_0 = float(jnp.finfo(g.dtype).tiny) * 2**10
     if eps_in_sqrt:
         root = denominator = jnp.sqrt(moment.value + (eps + above_0))
     else:
         root = jnp.sqrt(moment.value + above_0)
         denominator = root + eps
+    least = jnp.abs(g) / _room(g.dtype)
+    denominator = jnp.where(denominator < least, least, denominator)
     # No quotient is divided again: XLA would multiply the divisors, which may give 0.
     factors = j * [moment.free_x / root] + (m - 1) * [1 / denominator] + n * [1 / root]
     return math.prod(factors, start=(g if i else 1) / denominator)
 
 
-@_term.defjvp
-def _term_jvp(
-    powers: tuple[int, int, int, int],
+def _tangent(
+    term: Callable[..., jax.Array],
+    powers: Powers,
     eps_in_sqrt: bool,
-    primals: tuple[jax.Array, Moment, jax.Array],
-    tangents: tuple[jax.Array, Moment, jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    (i, j, m, n), (_, moment, _), (dg, d, deps) = powers, primals, tangents
-    limit = _room(moment.old.dtype)
-
-    def term(*powers: int) -> jax.Array:
-        return clip(_term(powers, eps_in_sqrt, *primals), limit)
-
+    arguments: Arguments,
+    tangents: Arguments,
+) -> jax.Array:
+    (i, j, m, n), (_, moment, _), (dg, d, deps) = powers, arguments, tangents
     held = moment.is_held
     d_increment = d.weight * (moment.free_x * moment.free_x)
     d_moment = d.decay * moment.old + moment.decay * d.old
@@ -131,7 +173,7 @@ def _term_jvp(
         tangent -= by_moment * (deps / 2)
     else:
         tangent -= m * term(i, j, m + 1, n) * deps
-    return _term(powers, eps_in_sqrt, *primals), tangent
+    return tangent
 
 
 def _room(dtype: DTypeLike) -> float:

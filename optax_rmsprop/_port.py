@@ -217,7 +217,7 @@ class Correspondence:
                 self._shapes.items(), self._spans.values(), strict=True
             )
         }
-        found, structure = tree_flatten_with_path(self._call(arrays))
+        found, structure = flattened("port", self._call(arrays))
         paths = [keystr(path) or "the root" for path, _ in found]
         leaves = [np.asarray(leaf) for _, leaf in found]
         for path, leaf in zip(paths, leaves, strict=True):
@@ -260,13 +260,13 @@ class Correspondence:
 
 
 def flattened(name: str, tree: Any) -> Any:
-    """Leaves with their paths, and the structure, of a tree that JAX can flatten."""
+    """Leaves with their paths, and the structure, of a tree or of what a port made."""
     try:
         return tree_flatten_with_path(tree)
     except ValueError as error:  # of keys that have no order
         raise ValueError(
-            f"`{name}` must be the port's tree, got one that JAX cannot flatten: "
-            f"{cut(error, 200)}; make it with the same port"
+            f"`{name}` must be a tree that JAX can flatten, got one with this fault: "
+            f"{cut(error, 200)}; make the keys of each dict of one kind"
         ) from error
 
 

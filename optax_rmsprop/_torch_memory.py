@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,7 +38,8 @@ def place(tensor: torch.Tensor) -> Hashable:
     if not start:
         return id(tensor)
     kind = tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg()
-    return start, tensor.shape, tensor.stride(), *kind
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return start, tensor.shape, *(s for size, s in steps if size > 1), *kind
 
 
 def overlaps(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
@@ -64,8 +66,14 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
     """Whether two of a tensor's elements are one in memory, as of an expanded one."""
     if tensor.is_contiguous() or not tensor.numel():
         return False
-    used = np.count_nonzero(_bytes(tensor, *_span(tensor)))
-    return bool(used < tensor.numel() * tensor.element_size())
+    start, end = _span(tensor)
+    used, size = np.zeros(end - start, bool), tensor.element_size()
+    np.lib.stride_tricks.as_strided(
+        used,
+        (*tensor.shape, size),
+        (*(stride * size for stride in tensor.stride()), 1),
+    )[...] = True
+    return bool(np.count_nonzero(used) < tensor.numel() * size)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
@@ -81,18 +89,21 @@ def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
 
     Spans alone do not tell: the columns of one array lie between each other.
     """
-    (start, end), (other_start, other_end) = _span(a), _span(b)
-    span = min(start, other_start), max(end, other_end)
-    return bool((_bytes(a, *span) & _bytes(b, *span)).any())
+    try:
+        most: Any = 10**6  # its annotation allows fewer values than it does
+        return np.shares_memory(_addresses(a), _addresses(b), max_work=most)
+    except np.exceptions.TooHardError:
+        return True
 
 
-def _bytes(tensor: torch.Tensor, start: int, end: int) -> np.ndarray:
-    """Which bytes between two addresses are a tensor's."""
-    used = np.zeros(end - start, bool)
+def _addresses(tensor: torch.Tensor) -> np.ndarray:
+    """An array of a tensor's bytes, on whatever device, which are not to be read."""
     size = tensor.element_size()
-    np.lib.stride_tricks.as_strided(
-        used[tensor.data_ptr() - start :],
-        (*tensor.shape, size),
-        (*(stride * size for stride in tensor.stride()), 1),
-    )[...] = True
-    return used
+    interface = {
+        "version": 3,
+        "typestr": "|u1",
+        "data": (tensor.data_ptr(), True),
+        "shape": (*tensor.shape, size),
+        "strides": (*(stride * size for stride in tensor.stride()), 1),
+    }
+    return np.asarray(types.SimpleNamespace(__array_interface__=interface))

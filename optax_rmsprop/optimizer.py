@@ -1,5 +1,6 @@
 """RMSprop: the averaging transforms, momentum and weight decay in one chain."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,11 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_rmsprop import _checks
 from optax_rmsprop._numerics import (
     accumulator_dtype_of,
+    by_parts,
     cast,
+    clip,
     product,
     update_dtype_of,
-    within_range,
 )
 from optax_rmsprop.transforms import scale_by_rms, scale_by_stddev
 
@@ -249,15 +251,20 @@ def _add_decayed_weights(
     """`optax.add_decayed_weights` whose sums of finite numbers are finite."""
     tx = optax.add_decayed_weights(rate)
 
+    def held(total: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
+        within = clip(total, float(jnp.finfo(total.dtype).max))
+        return jnp.where(jnp.isfinite(g) & jnp.isfinite(p), within, total)
+
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params
     ) -> tuple[optax.Updates, optax.OptState]:
         sums, state = tx.update(updates, state, params)
-        held = lambda total, *terms: within_range(total, total.dtype, *terms)  # noqa: E731
-        return jax.tree.map(held, sums, updates, params), state
+        return jax.tree.map(
+            functools.partial(by_parts, held), sums, updates, params
+        ), state
 
-    held = optax.GradientTransformation(tx.init, update_fn)
-    return held if mask is None else optax.masked(held, mask)
+    tx_held = optax.GradientTransformation(tx.init, update_fn)
+    return tx_held if mask is None else optax.masked(tx_held, mask)
 
 
 def _map(function: Callable[..., Any], *trees: Any) -> Any:

@@ -238,6 +238,7 @@ RETURNED = [
     (jnp.array(True), TypeError, "got .* from its schedule"),
     (jnp.complex64(0.1), TypeError, "got .*"),
     (-0.1, ValueError, r"got -0\.1 from its schedule"),
+    (jnp.array(1j), TypeError, r"got .*j.* from its schedule(\n|$)"),
     (np.nan, ValueError, "got nan from its schedule"),
 ]
 
@@ -264,6 +265,7 @@ def test_a_schedule_that_returns_no_number(
     [
         *[0, 1, 0.5, np.float64(0.5), np.array(0.5), np.int32(1), jnp.int32(1)],
         *[jnp.float32(-0.5), jnp.bfloat16(0.5), jnp.array(0.5), jnp.array(jnp.nan)],
+        np.asarray(0.5, jnp.bfloat16)[()],
     ],
     ids=repr,
 )

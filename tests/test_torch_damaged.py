@@ -122,9 +122,15 @@ ARGUMENTS = {
         lambda: to_torch(RUN.params, ({}, 5), MODEL, OPTIMIZER, dict),
         "`opt_state` must have the averages of torch's options, .* got none",
     ),
+    "a port with keys without an order": (
+        lambda: from_torch(
+            MODEL, OPTIMIZER, lambda w: {1: w["weight"], "a": w["bias"]}
+        ),
+        "`port` must be a tree that JAX can flatten, got one with this fault",
+    ),
     "keys without an order": (
         lambda: to_torch({1: 1.0, "a": 1.0}, RUN.opt_state, MODEL, OPTIMIZER, dict),
-        "`params` must be the port's tree, got one that JAX cannot flatten",
+        "`params` must be a tree that JAX can flatten, got one with this fault",
     ),
     "keys without an order in a state": (
         lambda: to_torch(
@@ -134,7 +140,7 @@ ARGUMENTS = {
             OPTIMIZER,
             dict,
         ),
-        "`opt_state` must be the port's tree, got one that JAX cannot flatten",
+        "`opt_state` must be a tree that JAX can flatten, got one with this fault",
     ),
     "within jit": (
         lambda: jax.jit(lambda p: to_torch(p, RUN.opt_state, MODEL, OPTIMIZER, dict))(

@@ -167,7 +167,36 @@ def test_weight_decay_of_the_largest_numbers_is_finite(dtype, decoupled):
         updates, _ = tx.update(gradients, tx.init(params), params)
         exact = [-0.01 * largest, 0.01 * largest] if decoupled else [-0.1, 0.1]
         np.testing.assert_allclose(updates["w"][:2].real, exact, rtol=1e-5)
-        assert jnp.isnan(updates["w"][2:].real).all()
+        # Infinity of a gradient passes as without weight decay: held in the state.
+        assert not jnp.isfinite(updates["w"][2:].real).any()
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_an_infinite_gradient_is_forgotten_with_weight_decay_too(centered):
+    gradients = jnp.ones((2000, 2), jnp.float32).at[5, 0].set(jnp.inf)
+    gradients = gradients.at[1::2].multiply(-1)
+    tx = rmsprop(decay=0.9, centered=centered, weight_decay=1e-3)
+    params = jnp.zeros(2, jnp.float32)
+    state = tx.init(params)
+
+    def step(state, g):
+        updates, state = tx.update(g, state, params)
+        return state, updates
+
+    state, updates = jax.lax.scan(step, state, gradients)
+    assert is_finite(state)
+    assert np.isnan(updates[5]).tolist() == [True, False]
+    np.testing.assert_allclose(updates[-1, 0], updates[-1, 1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_centered_quotient_is_exact_up_to_where_it_is_held(dtype):
+    tx = scale_by_stddev(eps=1e-8, bias_correction=True)
+    g = jnp.asarray([1e15, 1e18, 5e18], dtype)
+    np.testing.assert_allclose(tx.update(g, tx.init(g))[0], g / 1e-8, rtol=2e-7)
+    tx = scale_by_stddev(eps=0.0, bias_correction=True)
+    if dtype == "float32":
+        np.testing.assert_array_equal(tx.update(g, tx.init(g))[0][1:], 2.0**100)
 
 
 @pytest.mark.parametrize("centered", [False, True])
