@@ -14,7 +14,7 @@ import optax
 
 from optax_rmsprop import dialects
 from optax_rmsprop._port import Correspondence, Port
-from optax_rmsprop._texts import cut, listed, shown
+from optax_rmsprop._texts import at, bare, shown, some
 
 FROZEN = "frozen"  # the label of what no group trains
 # Our averages, and torch's; var is square_avg - grad_avg².
@@ -69,16 +69,16 @@ class Source(NamedTuple):
             for slot in group.slots:
                 if slot not in slots:
                     raise ValueError(
-                        f"the optimizer's state of `{cut(name)}` must have {slot}, "
-                        f"which its options need, got {listed(slots) or 'nothing'}; "
+                        f"the optimizer's state of `{bare(name)}` must have {slot}, "
+                        f"which its options need, got {some(slots) or 'nothing'}; "
                         "give the options that it was trained with"
                     )
-                what, array = f"{slot} of `{cut(name)}`", slots[slot]
+                what, array = f"{slot} of `{bare(name)}`", slots[slot]
                 if array.shape != self.shapes[name]:
+                    expected, shape = shown(self.shapes[name]), shown(array.shape)
                     raise ValueError(
-                        f"{what} must have its parameter's shape {self.shapes[name]}, "
-                        f"got {array.shape}; model and optimizer must be of the same "
-                        "run"
+                        f"{what} must have its parameter's shape {expected}, got "
+                        f"{shape}; model and optimizer must be of the same run"
                     )
                 wanted = self.arrays[name].dtype
                 if not fits(array.dtype, wanted):
@@ -114,7 +114,7 @@ def probe(source: Source, port: Port) -> Correspondence:
     used = {name for names in places.sources for name in names}
     for pair in source.overlaps:
         if used.issuperset(pair):
-            a, b = (f"`{cut(name)}`" for name in pair)
+            a, b = (f"`{bare(name)}`" for name in pair)
             raise ValueError(
                 f"{a} and {b} must be apart in memory, or the same elements of it, but "
                 "share some; clone one of them in torch, or let the port leave it out"
@@ -168,7 +168,7 @@ def _to_jax(places: Correspondence, arrays: Mapping[str, np.ndarray]) -> Any:
         for name in places.sources[number]:
             if array.dtype != arrays[name].dtype:
                 raise ValueError(
-                    f"{cut(path)} must keep the dtype of `{cut(name)}`, "
+                    f"{at(path)} must keep the dtype of `{bare(name)}`, "
                     f"{arrays[name].dtype}, got {array.dtype}; 64 bits need "
                     "jax.config.update('jax_enable_x64', True); leave out a buffer"
                 )
@@ -246,7 +246,7 @@ def report(broken: list[str]) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == package:
         frame, level = frame.f_back, level + 1
     warnings.warn(
-        f"carried as it is, with NaN or infinity: {listed(broken, 8)}; those "
+        f"carried as it is, with NaN or infinity: {some(broken, most=300)}; those "
         "parameters will not train any more",
         RuntimeWarning,
         stacklevel=level,

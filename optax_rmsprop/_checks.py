@@ -1,8 +1,4 @@
-"""Errors that name the argument, the rule, the value and the remedy.
-
-No message has more than 600 characters. What can be of any length goes into it through
-`shown`, `short` or `some`.
-"""
+"""Errors that name the argument, the rule, the value and the remedy."""
 
 import functools
 import inspect
@@ -15,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
-from jax.tree_util import GetAttrKey, SequenceKey, keystr, tree_flatten_with_path
+from jax.tree_util import GetAttrKey, SequenceKey, tree_flatten_with_path
 from jax.typing import ArrayLike
 from optax import ScalarOrSchedule
+
+from optax_rmsprop._texts import at, kind_of, short, shown, some, trees
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -32,33 +30,6 @@ FOREIGN = {
     "step_size": ("learning_rate", "jax_example_libraries"),
     "wc": ("weight_decay", "dqn2015"),
 }
-
-
-def short(text: str, most: int = 160) -> str:
-    """A text or, if it is longer than `most`, its two ends."""
-    end = most // 2 - 2
-    return text if len(text) <= most else f"{text[:end]} ... {text[-end:]}"
-
-
-def shown(value: Any) -> str:
-    """A value in few characters."""
-    try:
-        return short(repr(value), 100)
-    except Exception:  # Python writes no integer of more than 4300 digits
-        return kind_of(value)
-
-
-def some(texts: list[str], between: str = ", ", most: int = 200) -> str:
-    """As many texts as `most` characters hold, at least one, and how many more."""
-    found: list[str] = []
-    length = 0
-    for text in texts:
-        text = short(text, most)
-        length += len(text) + len(between)
-        if found and length > most:
-            return f"{between.join(found)}{between}and {len(texts) - len(found)} more"
-        found.append(text)
-    return between.join(found)
 
 
 def knows_foreign_names(function: Function) -> Function:
@@ -302,7 +273,7 @@ def mask(name: str, value: Any) -> Callable[[Any], Any] | None:
             # What is True or False for a whole tree stands for all that is in it.
             starts = ([path[:i] for i in range(len(path) + 1)] for path in expected)
             of_each = [next(filter(given.__contains__, s), s[-1]) for s in starts]
-            problems = _other_paths(given, dict.fromkeys(of_each))
+            problems = other_paths(given, dict.fromkeys(of_each))
             raise ValueError(
                 f"`{name}` must have the structure of the parameters or a prefix of "
                 "it: "
@@ -425,7 +396,7 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
             problems.append(
                 f"{at(path)} has shape {np.shape(leaf)}, expected {np.shape(of_leaf)}"
             )
-    problems += _other_paths(found, leaves)
+    problems += other_paths(found, leaves)
     if not problems and not fits(given_tree, expected):
         unexpected = f"unexpected {some([at(path) for path in absent])}"
         problems.append(unexpected if absent else trees(given_tree, tree))
@@ -588,7 +559,7 @@ def sharded_as(name: str, tree: Any, like: str, shardings: Any) -> None:
     leaves, structure = tree_flatten_with_path(tree)
     expected, expected_structure = tree_flatten_with_path(shardings)
     if structure != expected_structure:
-        problems = _other_paths(dict(leaves), dict(expected))
+        problems = other_paths(dict(leaves), dict(expected))
         raise ValueError(
             f"`{name}` must have the structure of `{like}`: "
             + "; ".join(problems or [trees(structure, expected_structure)])
@@ -613,17 +584,12 @@ def sharded_as(name: str, tree: Any, like: str, shardings: Any) -> None:
             )
 
 
-def _other_paths(given: dict[Any, Any], expected: dict[Any, Any]) -> list[str]:
+def other_paths(given: dict[Any, Any], expected: dict[Any, Any]) -> list[str]:
     """What is missing, and what is unexpected, of leaves by their paths."""
     missing = [at(path) for path in expected if path not in given]
     unexpected = [at(path) for path in given if path not in expected]
     found = {"missing": missing, "unexpected": unexpected}
     return [f"{what} {some(paths)}" for what, paths in found.items() if paths]
-
-
-def trees(structure: Any, expected: Any) -> str:
-    """Two structures that differ where no path does."""
-    return f"got {short(str(structure))}, expected {short(str(expected))}"
 
 
 def _is_abstract(sharding: Any) -> bool:
@@ -645,13 +611,6 @@ def _sharding_of(leaf: Any) -> Any:
     return None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
 
 
-def kind_of(leaf: Any) -> str:
-    if leaf is None:
-        return "None"
-    kind = "traced array" if isinstance(leaf, Tracer) else short(type(leaf).__name__)
-    return f"a{'n' * (kind[0] in 'aeiouAEIOU')} {kind}"
-
-
 def _place(sharding: Any) -> str:
     if not isinstance(sharding, NamedSharding):
         return short(str(sharding))
@@ -668,10 +627,6 @@ def _mesh(mesh: Any) -> str:
         ids = [str(device.id) for device in mesh.devices.flat]
         text += f"; devices {' '.join(ids[:8])}{' ...' * (len(ids) > 8)}"
     return f"Mesh({short(text)})"
-
-
-def at(path: Any) -> str:
-    return short(keystr(path)) or "the root"
 
 
 def _by_path(tree: Any) -> tuple[dict[Any, Any], Any]:

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.tree_util import tree_flatten_with_path
 
-from optax_rmsprop._texts import cut, listed, shown
+from optax_rmsprop._checks import other_paths
+from optax_rmsprop._texts import at, bare, short, shown, some, trees
 
 Port = Callable[[dict[str, np.ndarray]], Any]
 
@@ -89,10 +90,10 @@ class Correspondence:
             name = error.args[0] if error.args else None
             if name is None or name in arrays:
                 raise
-            alike = difflib.get_close_matches(str(name), arrays) or arrays
+            alike = difflib.get_close_matches(bare(name), arrays) or arrays
             raise KeyError(
                 f"the port asks for {shown(name)}, which the model does not have; it "
-                f"has {listed(alike)}"
+                f"has {some(alike)}"
             ) from error
 
     def check_tree(self, name: str, tree: Any) -> None:
@@ -104,15 +105,8 @@ class Correspondence:
         """
         found, structure = flattened(name, tree)
         if structure != self._structure:
-            given = dict.fromkeys(keystr(path) or "the root" for path, _ in found)
-            missing = [path for path in self.paths if path not in given]
-            known = set(self.paths)
-            unexpected = [path for path in given if path not in known]
-            problems = [
-                f"{what} {listed(paths)}"
-                for what, paths in (("missing", missing), ("unexpected", unexpected))
-                if paths
-            ] or [f"got {cut(structure, 100)}, expected {cut(self._structure, 100)}"]
+            problems = other_paths(dict(found), dict.fromkeys(self.paths))
+            problems = problems or [trees(structure, self._structure)]
             raise ValueError(
                 f"`{name}` must be the port's tree: {'; '.join(problems)}; make it "
                 "with the same port"
@@ -122,12 +116,12 @@ class Correspondence:
         ):
             if isinstance(leaf, Tracer):
                 raise TypeError(
-                    f"{cut(path)} of `{name}` must have values, got a traced array; "
+                    f"{at(path)} of `{name}` must have values, got a traced array; "
                     "carry a run outside of jax.jit"
                 )
             if np.shape(leaf) != places.shape:
                 raise ValueError(
-                    f"{cut(path)} of `{name}` must have the port's shape "
+                    f"{at(path)} of `{name}` must have the port's shape "
                     f"{places.shape}, got {np.shape(leaf)}; make it with the same port"
                 )
 
@@ -158,10 +152,10 @@ class Correspondence:
         for path, sources in zip(self.paths, self.sources, strict=True):
             kinds = {labels[name]: name for name in sources}
             if len(kinds) > 1:
-                which = (f"`{cut(name, 40)}` ({kind})" for kind, name in kinds.items())
+                which = (f"`{bare(name)}` ({kind})" for kind, name in kinds.items())
                 raise ValueError(
-                    f"{cut(path)} must come from one parameter group, got "
-                    f"{listed(which)}; let the port keep them in leaves of their own"
+                    f"{at(path)} must come from one parameter group, got "
+                    f"{some(which)}; let the port keep them in leaves of their own"
                 )
             found.append(next(iter(kinds), ""))
         return self.unflatten(found)
@@ -179,7 +173,7 @@ class Correspondence:
         found = np.unique(np.searchsorted(self._ends, places, side="right"))
         return [names[i] for i in found]
 
-    def _probe(self) -> tuple[list[str], list[np.ndarray], Any]:
+    def _probe(self) -> tuple[list[Any], list[np.ndarray], Any]:
         paths, leaves, structure = self._digits(
             lambda places: places & (EXACT - 1), np.float32
         )
@@ -206,7 +200,7 @@ class Correspondence:
         digit: Callable[[np.ndarray], np.ndarray],
         dtype: type[np.floating],
         scale: float = 1,
-    ) -> tuple[list[str], list[np.ndarray], Any]:
+    ) -> tuple[list[Any], list[np.ndarray], Any]:
         """Paths, leaves and structure of the port's tree of digits."""
         arrays = {
             # From 1, so that a zero that the port puts in shows.
@@ -218,13 +212,13 @@ class Correspondence:
             )
         }
         found, structure = flattened("port", self._call(arrays))
-        paths = [keystr(path) or "the root" for path, _ in found]
+        paths = [path for path, _ in found]
         leaves = [np.asarray(leaf) for _, leaf in found]
         for path, leaf in zip(paths, leaves, strict=True):
             # One that asks for float32 gets it, and may do so.
             if leaf.dtype not in (dtype, np.float32):
                 raise ValueError(
-                    f"{cut(path)} must be made of the model's arrays in their dtype, "
+                    f"{at(path)} must be made of the model's arrays in their dtype, "
                     f"got {leaf.dtype} of {np.dtype(dtype)}; do not cast, and add no "
                     "leaves"
                 )
@@ -241,7 +235,7 @@ class Correspondence:
             twice = np.flatnonzero(np.bincount(flat, minlength=len(used)) > 1)
             raise ValueError(
                 "the port must use each value once, but uses some of "
-                f"{listed(self._names_at(twice))} twice; leave out one of them, or "
+                f"{some(self._names_at(twice))} twice; leave out one of them, or "
                 "untie it in torch"
             )
         # The arrays with elements of which none is lost.
@@ -254,7 +248,7 @@ class Correspondence:
             if name in needed and not used[start:end].all():
                 raise ValueError(
                     f"the port must keep each trained value, but drops some of "
-                    f"{cut(name)}; let its tree hold them, or freeze the parameter in "
+                    f"{bare(name)}; let its tree hold them, or freeze the parameter in "
                     "torch"
                 )
 
@@ -266,13 +260,13 @@ def flattened(name: str, tree: Any) -> Any:
     except ValueError as error:  # of keys that have no order
         raise ValueError(
             f"`{name}` must be a tree that JAX can flatten, got one with this fault: "
-            f"{cut(error, 200)}; make the keys of each dict of one kind"
+            f"{short(str(error))}; make the keys of each dict of one kind"
         ) from error
 
 
-def _changed(path: str) -> ValueError:
+def _changed(path: Any) -> ValueError:
     return ValueError(
-        f"the port must only move values, but {cut(path)} has others; let it rename, "
+        f"the port must only move values, but {at(path)} has others; let it rename, "
         "reshape, transpose, split, concatenate and stack, and nothing else"
     )
 

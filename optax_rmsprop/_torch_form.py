@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optax_rmsprop._texts import cut, listed, shown
+from optax_rmsprop._texts import bare, kind_of, shown, some
 from optax_rmsprop._torch_memory import problem
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def tensors_in(model: Mapping[str, Any]) -> dict[str, torch.Tensor]:
                 "state_dict itself"
             )
         if not _is_extra(name):
-            check_tensor(cut(name), value)
+            check_tensor(bare(name), value)
     return {name: tensor for name, tensor in model.items() if not _is_extra(name)}
 
 
@@ -100,18 +100,18 @@ def check_names(
         raise ValueError(
             f"`names` must have one for each of the optimizer's {wanted} parameters, "
             f"in its order, got {len(names)}; {usual}; the model's state has "
-            f"{listed(model)}"
+            f"{some(model)}"
         )
     for name in names:
         if not isinstance(name, str) or name not in model:
             raise ValueError(
-                f"`names` must be in the model's state, got {_bare(name)}; {usual}; it "
-                f"has {listed(model)}"
+                f"`names` must be in the model's state, got {bare(name)}; {usual}; it "
+                f"has {some(model)}"
             )
     for name, count in collections.Counter(names).items():
         if count > 1:
             raise ValueError(
-                f"`names` must differ, got {cut(name)} {count} times; {usual}"
+                f"`names` must differ, got {bare(name)} {count} times; {usual}"
             )
 
 
@@ -141,11 +141,7 @@ def finite(what: str, value: Any) -> float:
 def one_parameter(key: Any) -> str:
     """A parameter, or what stands for it in a checkpoint, as an error shows it."""
     shape = getattr(key, "shape", None)
-    return _bare(key) if shape is None else f"one of shape {cut(tuple(shape))}"
-
-
-def _bare(name: Any) -> str:
-    return cut(name) if isinstance(name, str) else shown(name)
+    return bare(key) if shape is None else f"one of shape {shown(tuple(shape))}"
 
 
 def check_tensor(name: str, tensor: Any) -> None:
@@ -154,6 +150,6 @@ def check_tensor(name: str, tensor: Any) -> None:
 
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(
-            f"`{name}` must be a tensor, got {type(tensor).__name__}; give the "
+            f"`{name}` must be a tensor, got {kind_of(tensor)}; give the "
             "state_dict itself"
         )

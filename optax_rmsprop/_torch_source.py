@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_rmsprop._carry import FROZEN, Group, Source
-from optax_rmsprop._texts import cut, listed, shown
+from optax_rmsprop._texts import bare, kind_of, shown, some
 from optax_rmsprop._torch_form import (
     AS_TRAINED,
     check_groups,
@@ -69,7 +69,7 @@ class _Arrays(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._converted:
             tensor = self._tensors[name]
-            self._converted[name] = _to_numpy(cut(name) + self._ending, tensor)
+            self._converted[name] = _to_numpy(bare(name) + self._ending, tensor)
         return self._converted[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -95,7 +95,7 @@ def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Source:
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
-            f"`model` must be a torch.nn.Module, got {type(model).__name__}; for "
+            f"`model` must be a torch.nn.Module, got {kind_of(model)}; for "
             "state_dicts there is from_torch_checkpoint"
         )
     _check_class(optimizer)
@@ -126,14 +126,14 @@ def read_checkpoint(
     for argument, value in (("model", model), ("optimizer", optimizer)):
         if not isinstance(value, Mapping):
             raise TypeError(
-                f"`{argument}` must be a state_dict, got {type(value).__name__}; for "
+                f"`{argument}` must be a state_dict, got {kind_of(value)}; for "
                 "live ones there is from_torch"
             )
     tensors = tensors_in(model)
     if not {"state", "param_groups"} <= optimizer.keys():
         raise ValueError(
             "`optimizer` must be the state_dict of an optimizer, with state and "
-            f"param_groups, got one with {listed(optimizer) or 'nothing'}; give what "
+            f"param_groups, got one with {some(optimizer) or 'nothing'}; give what "
             "its state_dict() returns"
         )
     groups, states = optimizer["param_groups"], optimizer["state"]
@@ -143,13 +143,13 @@ def read_checkpoint(
         names = own
     elif not isinstance(names, list | tuple):
         raise TypeError(
-            f"`names` must be a list, got {type(names).__name__}; give the parameters' "
+            f"`names` must be a list, got {kind_of(names)}; give the parameters' "
             "names in the optimizer's order"
         )
     elif own and list(names) != own:
         raise ValueError(
-            f"`names` must be the checkpoint's own, {listed(own)}, got "
-            f"{listed(names)}; leave them out"
+            f"`names` must be the checkpoint's own, {some(own)}, got "
+            f"{some(names)}; leave them out"
         )
     keys = [key for group in groups for key in group["params"]]
     check_names(names, len(keys), tensors)
@@ -164,7 +164,7 @@ def _check_class(optimizer: Any) -> None:
     if not is_timm and not isinstance(optimizer, torch.optim.RMSprop):
         raise TypeError(
             "`optimizer` must be a torch.optim.RMSprop or timm's RMSpropTF, got "
-            f"{type(optimizer).__name__}; its state means something else"
+            f"{kind_of(optimizer)}; its state means something else"
         )
 
 
@@ -188,7 +188,7 @@ def _source(
             name = name_of(parameter)
             if name in members:
                 raise ValueError(
-                    f"`optimizer` must have `{cut(name)}` once, got it in group "
+                    f"`optimizer` must have `{bare(name)}` once, got it in group "
                     f"{members[name]} and again in group {label}; take it out of one"
                 )
             members[name] = label
@@ -202,11 +202,11 @@ def _source(
             labels[name] = label
             if state:
                 found = {slot: state[slot] for slot in SLOTS if slot in state}
-                slots[name] = _Arrays(found, f" of {cut(name)}")
+                slots[name] = _Arrays(found, f" of {bare(name)}")
     if foreign := states.keys() - owned:
         raise ValueError(
             "`optimizer` must have a state for its own parameters only, got one for "
-            f"{listed(map(one_parameter, foreign))}, which no group has"
+            f"{some(map(one_parameter, foreign))}, which no group has"
         )
     tied = _tied(tensors, labels)
     once = {name: tensor for name, tensor in tensors.items() if name not in tied}
@@ -238,7 +238,7 @@ def _tied(
         if len(trained) > 1:
             raise ValueError(
                 "`optimizer` must train a parameter once, but "
-                f"{listed(f'`{cut(name)}`' for name in trained)} are the same memory, "
+                f"{some(f'`{bare(name)}`' for name in trained)} are the same memory, "
                 "which it moves by averages of each; make them one parameter in torch "
                 "(a.weight = b.weight) that the optimizer has once"
             )
@@ -257,13 +257,13 @@ def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
 def _step(name: str, state: Mapping[str, Any]) -> int:
     if "step" not in state:
         raise ValueError(
-            f"the optimizer's state of `{cut(name)}` must have its step, got "
-            f"{listed(state)}; give the state_dict as it was saved"
+            f"the optimizer's state of `{bare(name)}` must have its step, got "
+            f"{some(state)}; give the state_dict as it was saved"
         )
-    step = finite(f"`step` of `{cut(name)}`", state["step"])
+    step = finite(f"`step` of `{bare(name)}`", state["step"])
     if step != int(step) or not 0 <= step < 2**31:
         raise ValueError(
-            f"`step` of `{cut(name)}` must be an integer in [0, 2³¹), got {step:g}; "
+            f"`step` of `{bare(name)}` must be an integer in [0, 2³¹), got {step:g}; "
             "give the number of updates made"
         )
     return int(step)
@@ -271,9 +271,10 @@ def _step(name: str, state: Mapping[str, Any]) -> int:
 
 def _group(label: str, group: Mapping[str, Any], step: int) -> Group:
     if not {"lr", "alpha", "centered", "momentum"} <= group.keys():
+        others = (name for name in group if name != "params")
         raise TypeError(
-            "`optimizer` must be an RMSprop, but its group "
-            f"{label} has the options {listed(group.keys() - {'params'}, 8)}"
+            f"`optimizer` must be an RMSprop, but its group {label} has the options "
+            f"{some(others)}; its state means something else"
         )
     dialect = "timm" if "lr_in_momentum" in group else "torch"
     defaults = OF_TIMM if dialect == "timm" else OF_TORCH

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from optax_rmsprop._texts import cut
+from optax_rmsprop._texts import bare, short
 from optax_rmsprop._torch_memory import overlaps_itself
 from optax_rmsprop._torch_source import tensors_of
 from optax_rmsprop._way_back import WayBack
@@ -55,8 +55,8 @@ def _check_target(name: str, target: torch.Tensor) -> None:
     """Refuse a tensor that cannot be written."""
     if overlaps_itself(target):
         raise ValueError(
-            f"`{cut(name)}` must have a place in memory for each element, got one that "
-            "is expanded; clone it in torch"
+            f"`{bare(name)}` must have a place in memory for each element, got one "
+            "that is expanded; clone it in torch"
         )
     try:
         target.copy_(target.detach())  # its own values, so that nothing changes
@@ -64,8 +64,9 @@ def _check_target(name: str, target: torch.Tensor) -> None:
         raise
     except Exception as error:
         raise ValueError(
-            f"`{cut(name)}` must be a tensor that torch can write, got one that "
-            f"refuses: {cut(error, 200)}; clone it in torch, outside of inference mode"
+            f"`{bare(name)}` must be a tensor that torch can write, got one that "
+            f"refuses: {short(str(error))}; clone it in torch, outside of inference "
+            "mode"
         ) from error
 
 

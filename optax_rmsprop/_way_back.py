@@ -12,7 +12,7 @@ import optax
 
 from optax_rmsprop._carry import FROZEN, Group, Source, fits, is_masked, probe, report
 from optax_rmsprop._port import Port, flattened
-from optax_rmsprop._texts import cut, listed, shown
+from optax_rmsprop._texts import at, bare, kind_of, shown, some
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
 
 
@@ -38,8 +38,8 @@ class WayBack:
                 wanted = source.arrays[name].dtype
                 if array.dtype != wanted:
                     raise ValueError(
-                        f"`params` must keep the dtype of `{cut(name)}`, {wanted}, got "
-                        f"{array.dtype}; convert it back"
+                        f"`params` must keep the dtype of `{bare(name)}`, {wanted}, "
+                        f"got {array.dtype}; convert it back"
                     )
         self.written = places.whole  # the names of the arrays that come back
         self.unstepped: set[str] = set()  # parameters of groups without a step
@@ -93,8 +93,8 @@ class WayBack:
             if group != label:
                 where = "no group" if group is None else f"group {group}"
                 raise ValueError(
-                    f"`optimizer` must have `{cut(name)}` in group {label}, as the run "
-                    f"has, got it in {where}; make its groups like those of the run"
+                    f"`optimizer` must have `{bare(name)}` in group {label}, as the "
+                    f"run has, got it in {where}; make its groups like those of the run"
                 )
         return names
 
@@ -110,13 +110,13 @@ class WayBack:
                 wanted = self._source.arrays[name].dtype
                 if not fits(leaf.dtype, wanted):
                     raise ValueError(
-                        f"{cut(path)} of {slot} in `opt_state` must be floating point "
-                        f"as `{cut(name)}`, {wanted}, got {leaf.dtype}; give the state "
-                        "that goes with it"
+                        f"{at(path)} of {slot} in `opt_state` must be floating point "
+                        f"as `{bare(name)}`, {wanted}, got {leaf.dtype}; give the "
+                        "state that goes with it"
                     )
                 limit = min(float(jnp.finfo(d).max) for d in (leaf.dtype, wanted))
                 if not (np.abs(leaf) <= limit).all():
-                    yield f"{slot} of `{cut(name)}`"
+                    yield f"{slot} of `{bare(name)}`"
 
 
 def _states(opt_state: Any, source: Source) -> dict[str, Any]:
@@ -127,8 +127,8 @@ def _states(opt_state: Any, source: Source) -> dict[str, Any]:
     labels = inner.keys() - {FROZEN} if isinstance(inner, Mapping) else set()
     if labels != source.groups.keys():
         raise ValueError(
-            f"`opt_state` must have the optimizer's groups {listed(source.groups)}, "
-            f"got {listed(sorted(map(str, labels))) or 'none'}; make its groups like "
+            f"`opt_state` must have the optimizer's groups {some(source.groups)}, "
+            f"got {some(sorted(map(str, labels))) or 'none'}; make its groups like "
             "those of the run"
         )
     return {
@@ -171,7 +171,7 @@ def _slots_in(
     if not isinstance(state, tuple):
         raise ValueError(
             "`opt_state` must be the state of the run's optimizer, got "
-            f"{type(state).__name__}; give what its update returned"
+            f"{kind_of(state)}; give what its update returned"
         )
     kinds = [type(part) for part in state]
     known = {ScaleByRmsState, ScaleByStddevState, optax.TraceState}
@@ -179,8 +179,8 @@ def _slots_in(
     if averages != sorted(kind.__name__ for kind in wanted):
         raise ValueError(
             "`opt_state` must have the averages of torch's options, "
-            f"{listed(sorted(kind.__name__ for kind in wanted))}, got "
-            f"{listed(averages) or 'none'}; give the state that goes with this "
+            f"{some(sorted(kind.__name__ for kind in wanted))}, got "
+            f"{some(averages) or 'none'}; give the state that goes with this "
             "optimizer"
         )
     parts = dict(zip(kinds, state, strict=True))

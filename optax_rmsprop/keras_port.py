@@ -2,8 +2,9 @@
 
 from __future__ import annotations  # so that help() shows these types by name
 
+import collections
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from optax_rmsprop import dialects
 from optax_rmsprop._carry import FROZEN, Group, Source, carry
 from optax_rmsprop._port import Port
+from optax_rmsprop._texts import bare, some
 from optax_rmsprop.torch_port import TorchRun
 
 if TYPE_CHECKING:
@@ -75,16 +77,17 @@ def _read(
 ) -> Source:
     kind = type(optimizer)
     if (kind.__name__, kind.__module__.split(".")[0]) != ("RMSprop", "keras"):
+        name = bare(f"{kind.__module__}.{kind.__name__}")
         raise TypeError(
             "`optimizer` must be a keras.optimizers.RMSprop of Keras 3, got "
-            f"{kind.__module__}.{kind.__name__}; its state means something else"
+            f"{name}; its state means something else"
+        )
+    if repeated := _repeated(v.path for v in model.weights):
+        raise ValueError(
+            "`model` must have a path of its own for each variable, got more than one "
+            f"at {some(repeated)}; give the layers names"
         )
     arrays = {v.path: np.asarray(v) for v in model.weights}
-    if len(arrays) < len(model.weights):
-        raise ValueError(
-            "`model` must have a path of its own for each variable, got "
-            f"{', '.join(v.path for v in model.weights)}; give the layers names"
-        )
     config = optimizer.get_config()
     takes = inspect.signature(dialects.keras).parameters
     options = {name: config[name] for name in takes.keys() & config.keys()}
@@ -97,10 +100,10 @@ def _read(
     step = int(optimizer.iterations)
     groups = {"0": Group("keras", rate, options, step)}
     of_optimizer = {v.path.split("/")[-1]: v for v in optimizer.variables}
-    if len(of_optimizer) < len(optimizer.variables):
+    if repeated := _repeated(v.path.split("/")[-1] for v in optimizer.variables):
         raise ValueError(
             "`model` must have variables whose paths differ in more than / and _, got "
-            f"{', '.join(arrays)}; give the layers other names"
+            f"more than one slot {some(repeated)}; give the layers other names"
         )
     unclaimed = {name for name in of_optimizer if name.endswith(tuple(SLOTS))}
     labels = dict.fromkeys(arrays, FROZEN)
@@ -126,7 +129,12 @@ def _read(
     if unclaimed:
         raise ValueError(
             "`model` must hold the optimizer's variables, but none of its trainable "
-            f"variables has the slots {', '.join(sorted(unclaimed))}"
+            f"variables has the slots {some(sorted(unclaimed))}; give the model that "
+            "it trains"
         )
     shapes = {name: array.shape for name, array in arrays.items()}
     return Source(arrays, shapes, {}, groups, labels, labels, slots)
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, n in collections.Counter(names).items() if n > 1]

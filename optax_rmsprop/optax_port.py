@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from optax_rmsprop import _checks
 from optax_rmsprop._carry import report
 from optax_rmsprop._numerics import accumulator_dtype_of, cast
+from optax_rmsprop._texts import at, kind_of, shown, some, trees
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
 
 # optax's states of averages, also those with a count, for which it exports no name.
@@ -241,7 +242,7 @@ def _apart(got: Any, expected: Any, sizes: Any, tolerance: float) -> str | None:
         if not (errors <= limit).all():
             worst = np.unravel_index(np.argmax(errors), errors.shape)
             was, should = (np.asarray(leaf)[worst] for leaf in (x, y))
-            where = _checks.at(path)
+            where = at(path)
             return f"{was:.6g} where it makes {should:.6g} at {where}"
     return None
 
@@ -255,10 +256,10 @@ def _check_source(opt_state: optax.OptState, expected: optax.OptState) -> None:
     )
     if structures[0] == structures[1] and got == wanted:
         return
-    problem = _checks.trees(*structures)
+    problem = trees(*structures)
     differing = [path for path in wanted if got.get(path, wanted[path]) != wanted[path]]
     for path in differing[:1]:
-        problem = f"got {got[path]} at {_checks.at(path)}, expected {wanted[path]}"
+        problem = f"got {got[path]} at {at(path)}, expected {wanted[path]}"
     raise ValueError(
         f"`opt_state` must be a state of `source` for these parameters, {problem}; "
         "give the transformation that made it"
@@ -285,13 +286,13 @@ def _kind(part: Any) -> Any:
 
 def _names(parts: list[Any]) -> str:
     names = [type(part).__name__ if _is_part(part) else _array(part) for part in parts]
-    return _checks.some(names) or "nothing"
+    return some(names, most=150) or "nothing"
 
 
 def _array(x: Any) -> str:
     """Dtype and shape."""
     is_array = hasattr(x, "dtype") and hasattr(x, "shape")
-    return f"{x.dtype}{list(x.shape)}" if is_array else _checks.kind_of(x)
+    return f"{x.dtype}{shown(list(x.shape))}" if is_array else kind_of(x)
 
 
 def _has_count(part: Any) -> bool:
@@ -309,7 +310,7 @@ def _steps(parts: list[Any], count: int | None) -> int:
             count = count.item()  # of a TrainState
         found.add(_checks.integer("count", count, high=2**31))
     if len(found) != 1:
-        got = " and ".join(map(str, sorted(found)))
+        got = some(sorted(found), " and ")
         got = got or "None, and no average or schedule in `opt_state` counts them"
         raise ValueError(
             "`count` must be the number of updates that made `opt_state`, got "
@@ -323,7 +324,7 @@ def _check_averages(parts: list[Any]) -> None:
     broken = []
     for part in filter(_is_part, parts):
         for path, leaf in tree_leaves_with_path(part):
-            where = _checks.at(path)
+            where = at(path)
             if isinstance(part, _THEIRS) and jnp.iscomplexobj(leaf):
                 raise ValueError(
                     f"`opt_state` must have real averages, got {leaf.dtype} at {where}:"

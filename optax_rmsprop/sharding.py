@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import tree_flatten_with_path
 
 from optax_rmsprop import _checks
+from optax_rmsprop._texts import shown
 
 
 def state_shardings(
@@ -71,7 +72,7 @@ def state_shardings(
     if not callable(init):
         raise TypeError(
             "`tx` must be an optax.GradientTransformation, got "
-            f"{_checks.shown(tx)}; give the transformation, not its init"
+            f"{shown(tx)}; give the transformation, not its init"
         )
     leaves, structure = tree_flatten_with_path(params)
     mesh = _checks.on_one_mesh("params", params)

@@ -40,6 +40,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
+from optax_rmsprop._texts import bare, kind_of, shown
+
 if TYPE_CHECKING:
     from flax import nnx
 
@@ -105,8 +107,8 @@ def conv_transpose(
     layer = _layer(weights, name)
     if "bias" in layer and layer["bias"].size != n_out * groups:
         raise ValueError(
-            f"`groups` must be torch's, {layer['bias'].size // n_out} in {name!r}, got "
-            f"{groups}"
+            f"`groups` must be torch's, {layer['bias'].size // n_out} in "
+            f"{shown(name)}, got {shown(groups)}; give those of the layer in torch"
         )
     kernel = np.flip(weight, tuple(range(2, weight.ndim)))
     kernel = kernel.reshape(groups, n_in // groups, n_out, *size)
@@ -229,8 +231,8 @@ def both_biases(cell: nnx.Module) -> nnx.Module:
     layers = [layer for layer in vars(cell).values() if isinstance(layer, nnx.Linear)]
     if not layers:
         raise TypeError(
-            f"`cell` must have linear layers, got {type(cell).__name__}; give the cell "
-            "that it runs"
+            f"`cell` must have linear layers, got {kind_of(cell)}; give the cell that "
+            "it runs"
         )
     for layer in layers:
         if not layer.use_bias:
@@ -284,11 +286,12 @@ def _check_cell(weights: Weights, name: str, *kinds: str) -> None:
     if projection in weights:
         raise ValueError(
             f"the LSTM must be without proj_size, which Flax does not have, got "
-            f"{projection}; port it by hand, to a cell of your own"
+            f"{bare(projection)}; port it by hand, to a cell of your own"
         )
     rows, hidden = _at(weights, name, "weight_hh_l0").shape
     if rows not in [len(GATES[kind]) * hidden for kind in kinds]:
         raise ValueError(
-            f"{_name(name, 'weight_hh_l0')} must be of torch's {' or '.join(kinds)}, "
-            f"got one of shape {(rows, hidden)}"
+            f"{bare(_name(name, 'weight_hh_l0'))} must be of torch's "
+            f"{' or '.join(kinds)}, got one of shape {(rows, hidden)}; use the "
+            "function for its class"
         )

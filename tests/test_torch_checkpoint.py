@@ -170,7 +170,7 @@ def bad_checkpoints():
     yield spoil(of_adam), TypeError, "must be an RMSprop, .* options .*betas"
     yield spoil(other_shape), ValueError, r"square_avg of `bias` .* \(2,\), got \(3,\)"
     yield spoil(lost_slot), ValueError, "state of `weight` must have momentum_buffer"
-    yield spoil(no_tensor), TypeError, "`bias` must be a tensor, got list"
+    yield spoil(no_tensor), TypeError, "`bias` must be a tensor, got a list"
     yield spoil(sparse), TypeError, "`square_avg of weight` must be a dense tensor"
     yield (
         spoil(renamed, names=["weight", "Bias"]),
@@ -191,13 +191,13 @@ def bad_checkpoints():
         "a state for its own parameters only, got .* 0",
     )
     yield spoil(no_step), ValueError, "state of `weight` must have its step"
-    yield spoil(names={"weight", "bias"}), TypeError, "must be a list, got set"
+    yield spoil(names={"weight", "bias"}), TypeError, "must be a list, got a set"
     yield (
         spoil(names=["bias", "weight"], named=True),
         ValueError,
         "must be the checkpoint's own, weight, bias, got bias, weight",
     )
-    yield (live[0], {}, port, NAMES), TypeError, "`model` must be a state_dict, got Lin"
+    yield (live[0], {}, port, NAMES), TypeError, "`model` must be a state_dict, got a Lin"
     yield ({}, live[1], port, NAMES), TypeError, "`optimizer` must be a state_dict"
     model, _, *rest = spoil()
     yield (model, {"state": {}}, *rest), ValueError, "must be the state_dict .* state"

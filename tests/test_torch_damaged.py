@@ -79,7 +79,7 @@ DAMAGED = [
     (("param_groups",), [5], TypeError, "group 0 of `optimizer` must be a dict, got 5"),
     ((*GROUP, "lr"), None, TypeError, "`lr` of group 0 of `optimizer` must be a numb"),
     ((*GROUP, "lr"), 10**400, ValueError, "`lr` .* must be a finite number, got 1000"),
-    ((*GROUP, "lr"), 10**5000, ValueError, "finite number, got one int too long to sh"),
+    ((*GROUP, "lr"), 10**5000, ValueError, "finite number, got an int too long to sh"),
     ((*GROUP, "momentum"), "x", TypeError, "`momentum` .* must be a number, got 'x'"),
     ((*GROUP, "centered"), 1, TypeError, "`centered` .* must be True or False, got 1"),
     ((*GROUP, "params"), ABSENT, TypeError, "`params` of group 0 must be a list, got"),
@@ -116,7 +116,7 @@ ARGUMENTS = {
     ),
     "no state": (
         lambda: to_torch(RUN.params, None, MODEL, OPTIMIZER, dict),
-        "`opt_state` must be the state of the run's optimizer, got NoneType; give",
+        "`opt_state` must be the state of the run's optimizer, got None; give",
     ),
     "a part of a state": (
         lambda: to_torch(RUN.params, ({}, 5), MODEL, OPTIMIZER, dict),
@@ -158,7 +158,7 @@ ARGUMENTS = {
             OPTIMIZER,
             dict,
         ),
-        "`params` must have arrays of numbers, got PRNGKeyArray",
+        "`params` must have arrays of numbers, got a PRNGKeyArray",
     ),
 }
 

@@ -312,7 +312,7 @@ def test_both_biases_keep_the_cell():
     np.testing.assert_array_equal(cell.dense_h.kernel[...], kernel)
     assert cell.dense_h.bias[...].dtype == jnp.bfloat16
     rnn = nnx.RNN(cell, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match="`cell` must have linear layers, got RNN"):
+    with pytest.raises(TypeError, match="`cell` must have linear layers, got a RNN"):
         torch_layers.both_biases(rnn)
 
 

@@ -375,7 +375,7 @@ def test_both_names_of_tied_weights():
 def test_another_optimizer():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(
-        TypeError, match=r"must be a torch\.optim\.RMSprop .*, got Adam"
+        TypeError, match=r"must be a torch\.optim\.RMSprop .*, got an Adam"
     ):
         from_torch(model, torch.optim.Adam(model.parameters()), linear_port)
 

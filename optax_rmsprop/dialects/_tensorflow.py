@@ -10,6 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_rmsprop import _checks
+from optax_rmsprop._texts import shown
 from optax_rmsprop.dialects._words import refuse, speaks
 from optax_rmsprop.optimizer import rmsprop
 
@@ -118,7 +119,7 @@ def tf_keras(
     if callable(momentum) or isinstance(momentum, jax.Array):
         raise TypeError(
             f"`momentum` must be a Python number, for it decides where epsilon goes, "
-            f"got {_checks.shown(momentum)}; with optax.inject_hyperparams name it in "
+            f"got {shown(momentum)}; with optax.inject_hyperparams name it in "
             "static_args"
         )
     has_momentum = not _checks.is_off(_checks.number("momentum", momentum, high=1))

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_rmsprop import _checks
+from optax_rmsprop._texts import short, shown
 
 _ASCEND = "; to ascend put optax.scale(-1.0) before this in an optax.chain"
 
@@ -40,7 +41,7 @@ def speaks(**names: str) -> Callable[[Dialect], Dialect]:
                 bound = signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise TypeError(
-                    f"{name}: {_checks.short(str(error))}; it takes "
+                    f"{name}: {short(str(error))}; it takes "
                     f"{', '.join(signature.parameters)} (and init takes the parameters)"
                 ) from None
             try:
@@ -73,5 +74,5 @@ def refuse(name: str, value: Any, default: Any, remedy: str) -> None:
     if not equal:
         raise ValueError(
             f"`{name}` must be {default}, for we do not reproduce it, got "
-            f"{_checks.shown(value)}; {remedy}"
+            f"{shown(value)}; {remedy}"
         )
