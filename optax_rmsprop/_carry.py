@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_rmsprop import dialects
+from optax_rmsprop import _checks, dialects
 from optax_rmsprop._port import Correspondence, Port
 from optax_rmsprop._texts import at, bare, shown, some
 
@@ -81,7 +81,7 @@ class Source(NamedTuple):
                         f"{shape}; model and optimizer must be of the same run"
                     )
                 wanted = self.arrays[name].dtype
-                if not fits(array.dtype, wanted):
+                if not _checks.averages(array.dtype, wanted):
                     raise ValueError(
                         f"{what} must be floating point as its parameter, {wanted}, "
                         f"got {array.dtype}; model and optimizer must be of the same "
@@ -152,12 +152,6 @@ def carry(source: Source, port: Port, learning_rate: Any) -> tuple[Any, Any, Any
         if label != FROZEN
     }
     return params, tx, state._replace(inner_states=state.inner_states | inner_states)
-
-
-def fits(dtype: np.dtype, wanted: np.dtype) -> bool:
-    """Whether a slot may have this dtype beside a parameter's: complex if it is."""
-    kinds = [jnp.issubdtype(d, jnp.complexfloating) for d in (dtype, wanted)]
-    return jnp.issubdtype(dtype, jnp.inexact) and kinds[0] == kinds[1]
 
 
 def _to_jax(places: Correspondence, arrays: Mapping[str, np.ndarray]) -> Any:

@@ -442,12 +442,17 @@ def held(name: str, state: Any, params: Any = None) -> list[Any]:
 @functools.cache
 def _keeps(dtype: Any, of_param: Any) -> bool:
     """Whether an average may have a dtype, beside a parameter of another."""
-    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-        return False
     if of_param is None or not jnp.issubdtype(of_param, jnp.inexact):
         of_param = dtype
+    return averages(dtype, of_param) and jnp.finfo(dtype).bits >= 32
+
+
+def averages(dtype: Any, of_param: Any) -> bool:
+    """Whether a dtype is inexact, and complex if and only if a parameter's is."""
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        return False
     kinds = {jnp.issubdtype(x, jnp.complexfloating) for x in (dtype, of_param)}
-    return jnp.finfo(dtype).bits >= 32 and len(kinds) == 1
+    return len(kinds) == 1
 
 
 def _fields(state: Any, start: Any = ()) -> Iterator[tuple[Any, str, Any]]:
@@ -461,15 +466,15 @@ def _fields(state: Any, start: Any = ()) -> Iterator[tuple[Any, str, Any]]:
             yield from _fields(value, path)
 
 
-def count(name: str, value: Any, where: str = ".count") -> None:
-    """Check a number of updates: an integer, and not negative where it is known.
+def count(name: str, value: Any, where: str = ".count", most: float = math.inf) -> None:
+    """Check a number of updates: an integer, and from 0 to `most` where it is known.
 
     It is not known while it is traced or still computed: that is not waited for.
     """
     rule, dtype = f"`{name}` must count updates in one integer", dtype_of(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         got = kind_of(value) if dtype is None else dtype
-        raise TypeError(f"{rule}, got {got} at {where}; call init again")
+        raise TypeError(f"{rule}, got {got} at {where}; {_ANOTHER_COUNT}")
     if np.shape(value) != ():
         raise ValueError(
             f"{rule}, got shape {np.shape(value)} at {where}; use jax.vmap for the "
@@ -479,16 +484,22 @@ def count(name: str, value: Any, where: str = ".count") -> None:
         isinstance(value, Tracer) or not value.is_ready()  # type: ignore[attr-defined]
     )
     known = 0 if unknown else int(value)
-    if not 0 <= known <= jnp.iinfo(dtype).max:
+    most = min(most, int(jnp.iinfo(dtype).max))
+    if not 0 <= known <= most:
+        end = "" if known < 0 else f" to {most}"
         raise ValueError(
-            f"{rule} from 0, got {shown(known)} at {where}; call init again"
+            f"{rule} from 0{end}, got {shown(known)} at {where}; {_ANOTHER_COUNT}"
         )
+
+
+_ANOTHER_COUNT = "call init again, or restore the state that the run had"
 
 
 def not_negative(name: str, tree: Any, path: Any = ()) -> None:
     """Check averages of squares unless they are traced. NaN may be in them."""
     for rest, leaf in tree_flatten_with_path(tree)[0]:
-        negative = _has_negative(leaf)
+        is_numpy = isinstance(leaf, np.ndarray)  # may be too much for the device
+        negative = (_has_negative if is_numpy else _jitted_has_negative)(leaf)
         if not isinstance(negative, Tracer) and negative:
             raise ValueError(
                 f"`{name}` must hold averages of squares, got a negative one at "
@@ -496,9 +507,11 @@ def not_negative(name: str, tree: Any, path: Any = ()) -> None:
             )
 
 
-@jax.jit
-def _has_negative(x: jax.Array) -> jax.Array:
+def _has_negative(x: Any) -> Any:
     return (x.real < 0).any() | (x.imag < 0).any()
+
+
+_jitted_has_negative = jax.jit(_has_negative)
 
 
 def fits(structure: Any, tree: Any) -> bool:

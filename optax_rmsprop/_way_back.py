@@ -9,11 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey, tree_map_with_path
 
-from optax_rmsprop._carry import FROZEN, Group, Source, fits, is_masked, probe, report
+from optax_rmsprop import _checks
+from optax_rmsprop._carry import FROZEN, Group, Source, is_masked, probe, report
 from optax_rmsprop._port import Port, flattened
 from optax_rmsprop._texts import at, bare, kind_of, shown, some
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
+
+AS_UPDATED = "give what the updates made of the run"
+MOST_STEPS = 2**31 - 1  # what from_torch takes, whose count is an int32
 
 
 class WayBack:
@@ -46,8 +51,9 @@ class WayBack:
         # Of each group's slots: name, steps made, tree, and whose it is.
         self._slots: list[tuple[str, int, Any, set[str]]] = []
         broken: list[str] = []
-        for label, state in _states(opt_state, source).items():
-            step, slots = _slots_in(state, source.groups[label], self._in_numpy)
+        for label, (start, state) in _states(opt_state, source).items():
+            group = source.groups[label]
+            step, slots = _slots_in(start, state, group, self._in_numpy)
             for slot, tree in slots.items():
                 whole = _without_masks(tree, params)
                 trained = self._names_in(label, tree)
@@ -69,15 +75,23 @@ class WayBack:
                 if name in trained:
                     yield name, step, slot, array
 
-    def _in_numpy(self, tree: Any) -> Any:
-        """An average's tree, in dtypes with which NumPy and torch calculate."""
+    def _in_numpy(self, tree: Any, start: Any) -> Any:
+        """An average's tree, in dtypes with which NumPy and torch calculate.
+
+        `start` is its path in the state.
+        """
         flattened("opt_state", tree)
         self._places.check_tree("opt_state", _without_masks(tree, self._params))
 
-        def usual(leaf: Any) -> Any:
-            return leaf if is_masked(leaf) else _usual(_values("opt_state", leaf))
+        def usual(path: Any, leaf: Any) -> Any:
+            if is_masked(leaf):
+                return leaf
+            array, remedy = _usual(_values("opt_state", leaf)), AS_UPDATED
+            path = start + path
+            _checks.inexact("opt_state", array, path, remedy=remedy, real=False)
+            return array
 
-        return jax.tree.map(usual, tree, is_leaf=is_masked)
+        return tree_map_with_path(usual, tree, is_leaf=is_masked)
 
     def _names_in(self, label: str, tree: Any) -> set[str]:
         """The parameters that a slot's tree has, which must be in the same group."""
@@ -108,7 +122,7 @@ class WayBack:
         ):
             for name in names.intersection(of_leaf):
                 wanted = self._source.arrays[name].dtype
-                if not fits(leaf.dtype, wanted):
+                if not _checks.averages(leaf.dtype, wanted):
                     raise ValueError(
                         f"{at(path)} of {slot} in `opt_state` must be floating point "
                         f"as `{bare(name)}`, {wanted}, got {leaf.dtype}; give the "
@@ -119,10 +133,10 @@ class WayBack:
                     yield f"{slot} of `{bare(name)}`"
 
 
-def _states(opt_state: Any, source: Source) -> dict[str, Any]:
-    """The state of each group's transform."""
+def _states(opt_state: Any, source: Source) -> dict[str, tuple[Any, Any]]:
+    """The path and the state of each group's transform."""
     if not isinstance(opt_state, optax.transforms.PartitionState):
-        return {"0": opt_state}
+        return {"0": ((), opt_state)}
     inner = opt_state.inner_states
     labels = inner.keys() - {FROZEN} if isinstance(inner, Mapping) else set()
     if labels != source.groups.keys():
@@ -131,10 +145,13 @@ def _states(opt_state: Any, source: Source) -> dict[str, Any]:
             f"got {some(sorted(map(str, labels))) or 'none'}; make its groups like "
             "those of the run"
         )
-    return {
-        label: getattr(inner[label], "inner_state", inner[label])
-        for label in source.groups
-    }
+    states: dict[str, tuple[Any, Any]] = {}
+    for label in source.groups:
+        path, state = (GetAttrKey("inner_states"), DictKey(label)), inner[label]
+        states[label] = path, state
+        if hasattr(state, "inner_state"):
+            states[label] = (*path, GetAttrKey("inner_state")), state.inner_state
+    return states
 
 
 def _values(name: str, leaf: Any) -> np.ndarray:
@@ -143,8 +160,7 @@ def _values(name: str, leaf: Any) -> np.ndarray:
         return np.asarray(leaf)
     except TypeError as error:  # of a PRNG key
         raise TypeError(
-            f"`{name}` must have arrays of numbers, got {shown(leaf)}; give what the "
-            "updates made of the run"
+            f"`{name}` must have arrays of numbers, got {shown(leaf)}; {AS_UPDATED}"
         ) from error
 
 
@@ -160,9 +176,12 @@ def _usual(array: np.ndarray) -> np.ndarray:
 
 
 def _slots_in(
-    state: Any, group: Group, in_numpy: Callable[[Any], Any]
+    start: Any, state: Any, group: Group, in_numpy: Callable[[Any, Any], Any]
 ) -> tuple[int, dict[str, Any]]:
-    """The steps made and torch's slots, as trees, from one group's state."""
+    """The steps made and torch's slots, as trees, from one group's state.
+
+    `start` is the path of that state.
+    """
     centered = group.options["centered"]
     has_momentum = "momentum_buffer" in group.slots
     wanted = {ScaleByStddevState if centered else ScaleByRmsState}
@@ -184,19 +203,30 @@ def _slots_in(
             "optimizer"
         )
     parts = dict(zip(kinds, state, strict=True))
+    part = parts[ScaleByStddevState if centered else ScaleByRmsState]
+    path = *start, SequenceKey(kinds.index(type(part)))
+    of_count = at((*path, GetAttrKey("count")))
+    _checks.count("opt_state", part.count, of_count, MOST_STEPS)
+    step = int(_values("opt_state", part.count))
+
+    def squares(field: str) -> Any:
+        """Averages of squares."""
+        of_field = *path, GetAttrKey(field)
+        tree = in_numpy(getattr(part, field), of_field)
+        _checks.not_negative("opt_state", tree, of_field)
+        return tree
+
     trees = {}
     if centered:
-        part = parts[ScaleByStddevState]
-        trees["grad_avg"] = mu = in_numpy(part.mu)
+        trees["grad_avg"] = mu = in_numpy(part.mu, (*path, GetAttrKey("mu")))
         trees["square_avg"] = jax.tree.map(
             lambda var, mu: var if is_masked(var) else _square(var, mu),
-            in_numpy(part.var),
+            squares("var"),
             mu,
             is_leaf=is_masked,
         )
     else:
-        part = parts[ScaleByRmsState]
-        trees["square_avg"] = in_numpy(part.nu)
+        trees["square_avg"] = squares("nu")
     if has_momentum:
         # The learning rate, where it is inside the buffer, stands before it.
         inside = kinds.index(optax.TraceState) > kinds.index(type(part)) + 1
@@ -209,8 +239,10 @@ def _slots_in(
                 "learning rates of the past cannot be taken out of a buffer, nor put "
                 "into it: carry it back to the optimizer it came from"
             )
-        trees["momentum_buffer"] = in_numpy(parts[optax.TraceState].trace)
-    return _count(part.count), trees
+        of_trace = SequenceKey(kinds.index(optax.TraceState)), GetAttrKey("trace")
+        trace = parts[optax.TraceState].trace
+        trees["momentum_buffer"] = in_numpy(trace, (*start, *of_trace))
+    return step, trees
 
 
 def _square(var: np.ndarray, mean: np.ndarray) -> np.ndarray:
@@ -221,17 +253,6 @@ def _square(var: np.ndarray, mean: np.ndarray) -> np.ndarray:
         if np.iscomplexobj(square):
             square.imag = var.imag + mean.imag**2
     return square
-
-
-def _count(value: Any) -> int:
-    """The steps made, from a state."""
-    count = _values("opt_state", value)
-    if count.shape or count.dtype.kind not in "iu" or not 0 <= count < 2**31:
-        raise ValueError(
-            "`count` of `opt_state` must be an integer in [0, 2³¹), got "
-            f"{shown(value)}; give the state as the updates made it"
-        )
-    return int(count)
 
 
 def _without_masks(tree: Any, params: Any) -> Any:

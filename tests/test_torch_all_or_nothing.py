@@ -211,9 +211,11 @@ def test_a_count_out_of_range(count):
     state = state._replace(inner_states=state.inner_states | {"0": inner})
     model, optimizer = torch_run()
     before = contents(model, optimizer)
-    with pytest.raises(
-        ValueError, match=r"`count` .* must be an integer in \[0, 2³¹\)"
-    ):
+    says = (
+        r"`opt_state` must count updates in one integer.*, got .* at "
+        r"\.inner_states\['0'\]\.inner_state\[0\]\.count; "
+    )
+    with pytest.raises((TypeError, ValueError), match=says):
         to_torch(params, state, model, optimizer, port)
     assert contents(model, optimizer) == before
 

@@ -197,7 +197,7 @@ def bad_checkpoints():
         ValueError,
         "must be the checkpoint's own, weight, bias, got bias, weight",
     )
-    yield (live[0], {}, port, NAMES), TypeError, "`model` must be a state_dict, got a Lin"
+    yield (live[0], {}, port, NAMES), TypeError, "must be a state_dict, got a Lin"
     yield ({}, live[1], port, NAMES), TypeError, "`optimizer` must be a state_dict"
     model, _, *rest = spoil()
     yield (model, {"state": {}}, *rest), ValueError, "must be the state_dict .* state"

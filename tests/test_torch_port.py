@@ -677,12 +677,15 @@ def broken_states(run):
     deleted = jnp.ones((3, 2))
     deleted.delete()
     yield with_nu(kernel=deleted), RuntimeError, "deleted"
-    yield with_nu(bias=jnp.ones(2, jnp.int32)), ValueError, r"\['bias'\] of square_avg"
+    whole = with_nu(bias=jnp.ones(2, jnp.int32))
+    yield whole, TypeError, r"`opt_state` .*, got int32 at \[0\]\.nu\['bias'\]; give"
+    below = with_nu(bias=jnp.array([1.0, -1.0]))
+    yield below, ValueError, r"`opt_state` .* a negative one at \[0\]\.nu\['bias'\]; r"
     yield with_nu(bias=jnp.ones(2, jnp.complex64)), ValueError, "got complex64"
     yield None, ValueError, "`opt_state` must be the state of the run's optimizer"
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_a_broken_state_writes_nothing(number):
     model, optimizer = linear_run()
     run = from_torch(model, optimizer, linear_port)
