@@ -166,3 +166,33 @@ def test_nan_is_reported():
     with pytest.warns(RuntimeWarning, match=says) as record:
         carried(run)
     assert record[0].filename == __file__
+
+
+LONG_PATHS = [f"net/{'layer' * 30}{i}/kernel" for i in range(3000)]
+
+
+def long_half(paths, slots):
+    """A model and an optimizer with these paths, all trained for a step."""
+    options = RECORD["runs"][0]["half"]
+    return options | {
+        "weights": [(path, 1.0) for path in paths],
+        "trainable": set(paths),
+        "iterations": 1,
+        "variables": [(f"{slot}_velocity", 1.0) for slot in slots],
+    }
+
+
+OF_LONG = {
+    "a path of its own": long_half(2 * LONG_PATHS, []),
+    "differ in more than / and _": long_half(LONG_PATHS, 2 * LONG_PATHS),
+    "hold the optimizer's variables": long_half(
+        ["short"], [path.replace("/", "_") for path in LONG_PATHS]
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "half"), OF_LONG.items(), ids=OF_LONG)
+def test_errors_are_short(text, half):
+    with pytest.raises(ValueError, match=f"`model` must .*{text}") as raised:
+        from_keras(Model(half), RMSprop(half), dict)
+    assert len(str(raised.value)) < 600

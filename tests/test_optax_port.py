@@ -400,3 +400,45 @@ def test_averages_and_counts_below_0(field, value, says):
     state = source.init(p)._replace(**{field: value})
     with pytest.raises(ValueError, match=rf"`opt_state` must .*{says}"):
         from_optax(state, source, tx, p, decay=0.9)
+
+
+MANY = {f"{'layer' * 30}{i:04}": np.ones((1,) * 60, np.float32) for i in range(2000)}
+ADAM = optax.scale_by_adam()
+OF_MANY = {
+    "`tx` must keep what": (
+        dict.fromkeys(list(MANY)[:300], np.ones(1, np.float32)),
+        optax.chain(ADAM, optax.rmsprop(0.1, momentum=0.9)),
+        optax.chain(dialects.optax(0.1, momentum=0.9), ADAM),
+        lambda state: state,
+    ),
+    "`opt_state` must be a state of `source`": (
+        MANY,
+        PLAIN,
+        OURS,
+        lambda state: jax.tree.map(lambda x: x.astype(np.float16), state),
+    ),
+    "`opt_state` must hold averages of squares": (
+        MANY,
+        PLAIN,
+        OURS,
+        lambda state: jax.tree.map(lambda x: -1 - x, state),
+    ),
+    "`count` must be the number of updates": (
+        (),
+        *2 * [optax.chain(*1000 * [optax.scale_by_schedule(falling)])],
+        lambda state: tuple(
+            part._replace(count=np.int32(i)) for i, part in enumerate(state)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("says", "case"), OF_MANY.items(), ids=OF_MANY)
+def test_errors_are_short(says, case):
+    params, source, tx, changed = case
+    state = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(source.init, params)
+    )
+    with pytest.raises(ValueError, match=says) as raised:
+        from_optax(changed(state), source, tx, params, count=0)
+    assert len(str(raised.value)) < 600

@@ -1,5 +1,6 @@
 """What is no run of torch's is refused by name, and never by an error from inside."""
 
+import collections
 import copy
 
 import jax
@@ -233,6 +234,7 @@ def long_run():
 
 
 LONG = long_run()
+LONG_RUN = from_torch(*LONG, dict)
 LONG_SAVED = LONG[0].state_dict(), LONG[1].state_dict()
 OF_LONG = {
     "a port for another": lambda: from_torch(*LONG, lambda w: w["x" * 1000]),
@@ -246,6 +248,26 @@ OF_LONG = {
         *LONG_SAVED, dict, [f"{'x' * 1000}{i}" for i in range(300)]
     ),
     "other params": lambda: to_torch([1.0] * 300, None, *LONG, dict),
+    "params in another order": lambda: to_torch(
+        collections.OrderedDict(LONG_RUN.params), None, *LONG, dict
+    ),
+    "averages below 0": lambda: to_torch(
+        LONG_RUN.params,
+        jax.tree.map(lambda x: x - 2 * x.ndim, LONG_RUN.opt_state),
+        *LONG,
+        dict,
+    ),
+    "averages of other shapes": lambda: to_torch(
+        LONG_RUN.params,
+        jax.tree.map(
+            lambda x: np.ones((1,) * 60 * x.ndim, x.dtype), LONG_RUN.opt_state
+        ),
+        *LONG,
+        dict,
+    ),
+    "params of other shapes": lambda: to_torch(
+        jax.tree.map(lambda x: np.ones((1,) * 60), LONG_RUN.params), None, *LONG, dict
+    ),
     "foreign states": lambda: from_torch_checkpoint(
         LONG_SAVED[0],
         LONG_SAVED[1] | {"state": {f"{'x' * 1000}{i}": {} for i in range(300)}},

@@ -385,3 +385,27 @@ def test_both_biases_train_as_in_torch(kind):
     ):
         assert (theirs - old).abs().max() > 0.02
         close(ours.detach(), theirs.detach())
+
+
+LONG = "layer" * 200
+ABOUT_LONG = {
+    "`groups` must be torch's": lambda: torch_layers.conv_transpose(
+        {f"{LONG}.weight": np.ones((4, 2, 3)), f"{LONG}.bias": np.ones(4)}, LONG
+    ),
+    "must be of torch's lstm": lambda: torch_layers.lstm(
+        {f"{LONG}.weight_hh_l0": np.ones((3, 1))}, LONG
+    ),
+    "must be without proj_size": lambda: torch_layers.lstm(
+        {f"{LONG}.weight_hr_l0": np.ones((3, 1))}, LONG
+    ),
+    "`cell` must have linear layers": lambda: torch_layers.both_biases(
+        type(LONG, (), {})()
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "call"), ABOUT_LONG.items(), ids=ABOUT_LONG)
+def test_errors_are_short(text, call):
+    with pytest.raises((TypeError, ValueError), match=text) as raised:
+        call()
+    assert len(str(raised.value)) < 600
