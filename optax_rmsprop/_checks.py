@@ -626,10 +626,10 @@ def _sharding_of(leaf: Any) -> Any:
 
 def _place(sharding: Any) -> str:
     if not isinstance(sharding, NamedSharding):
-        return short(str(sharding))
+        return short(str(sharding), 140)
     memory = sharding.memory_kind
     within = f" in {memory}" if memory not in (None, "device", "unpinned_host") else ""
-    return f"{short(str(sharding.spec), 80)} on {_mesh(sharding.mesh)}{within}"
+    return short(f"{sharding.spec} on {_mesh(sharding.mesh)}{within}", 140)
 
 
 def _mesh(mesh: Any) -> str:
@@ -639,7 +639,7 @@ def _mesh(mesh: Any) -> str:
     if isinstance(mesh, Mesh):
         ids = [str(device.id) for device in mesh.devices.flat]
         text += f"; devices {' '.join(ids[:8])}{' ...' * (len(ids) > 8)}"
-    return f"Mesh({short(text)})"
+    return f"Mesh({short(text, 84)})"
 
 
 def _by_path(tree: Any) -> tuple[dict[Any, Any], Any]:

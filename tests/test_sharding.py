@@ -252,6 +252,21 @@ def test_bad_parameters_and_axes(params, zero1, message):
         state_shardings(R(), params, zero1=zero1)
 
 
+def test_errors_about_long_names_are_short():
+    axes, long = ("x" * 500, "y" * 500), "layer" * 200
+    one, other = AbstractMesh((1, 1), axes), AbstractMesh((1, 1), axes[::-1])
+    with pytest.raises(ValueError, match="`params` must be on one mesh") as raised:
+        state_shardings(
+            R(), {f"{long}{i}": on(P(), m) for i, m in enumerate((one, other))}
+        )
+    assert len(str(raised.value)) < 600
+    mesh = jax.make_mesh((1, 1), axes, axis_types=2 * (jax.sharding.AxisType.Auto,))
+    whole = {long: NamedSharding(mesh, P(axes))}
+    with pytest.raises(ValueError, match="`state` must be sharded as") as raised:
+        check_state_shardings({long: jax.device_put(1.0)}, whole)
+    assert len(str(raised.value)) < 600
+
+
 def test_what_is_no_transformation_or_no_sharding():
     with pytest.raises(TypeError, match=r"`tx` must be an optax.Gradient.*, got 1"):
         state_shardings(1, on(P(), ONE))
