@@ -169,9 +169,9 @@ def to_torch(
 
     Raises:
       KeyError, TypeError, ValueError: as `from_torch`; parameters or a state that do
-        not belong to this model, optimizer and port; a momentum buffer that has the
-        learning rate inside for an optimizer that has it outside, or the reverse; a
-        tensor that torch cannot write.
+        not belong to this model, optimizer and port; averages of squares or a count
+        below 0; a momentum buffer that has the learning rate inside for an optimizer
+        that has it outside, or the reverse; a tensor that torch cannot write.
 
     Nothing is written then. If writing itself fails (no memory is left, or the user
     interrupts it), what was written is taken back before the error goes on.
