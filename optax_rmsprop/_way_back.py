@@ -206,7 +206,8 @@ def _slots_in(
     part = parts[ScaleByStddevState if centered else ScaleByRmsState]
     path = *start, SequenceKey(kinds.index(type(part)))
     of_count = at((*path, GetAttrKey("count")))
-    _checks.count("opt_state", part.count, of_count, MOST_STEPS)
+    known = jax.block_until_ready(part.count)
+    _checks.count("opt_state", known, of_count, MOST_STEPS)
     step = int(_values("opt_state", part.count))
 
     def squares(field: str) -> Any:

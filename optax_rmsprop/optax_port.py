@@ -302,7 +302,7 @@ def _has_count(part: Any) -> bool:
 def _steps(parts: list[Any], count: int | None) -> int:
     """The number of updates made, on which all must agree that count them."""
     counts = [part.count for part in parts if _has_count(part)]
-    for value in counts:
+    for value in jax.block_until_ready(counts):
         _checks.count("opt_state", value)
     found = set(map(int, counts))
     if count is not None:
