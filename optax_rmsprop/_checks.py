@@ -480,10 +480,7 @@ def count(name: str, value: Any, where: str = ".count", most: float = math.inf) 
             f"{rule}, got shape {np.shape(value)} at {where}; use jax.vmap for the "
             "states of many runs"
         )
-    unknown = isinstance(value, jax.Array) and (
-        isinstance(value, Tracer) or not value.is_ready()  # type: ignore[attr-defined]
-    )
-    known = 0 if unknown else int(value)
+    known = int(value) if _is_ready(value) else 0
     most = min(most, int(jnp.iinfo(dtype).max))
     if not 0 <= known <= most:
         end = "" if known < 0 else f" to {most}"
@@ -495,9 +492,16 @@ def count(name: str, value: Any, where: str = ".count", most: float = math.inf) 
 _ANOTHER_COUNT = "call init again, or restore the state that the run had"
 
 
-def not_negative(name: str, tree: Any, path: Any = ()) -> None:
-    """Check averages of squares unless they are traced. NaN may be in them."""
+def not_negative(name: str, tree: Any, path: Any = (), *, wait: bool = True) -> None:
+    """Check averages of squares unless they are traced. NaN may be in them.
+
+    Those still computed are left out unless `wait`.
+    """
     for rest, leaf in tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, Tracer) or not (wait or _is_ready(leaf)):
+            continue
+        if isinstance(leaf, jax.Array) and _is_on_one_cpu(leaf):
+            leaf = np.asarray(leaf)  # needs neither a copy nor a program to compile
         is_numpy = isinstance(leaf, np.ndarray)  # may be too much for the device
         negative = (_has_negative if is_numpy else _jitted_has_negative)(leaf)
         if not isinstance(negative, Tracer) and negative:
@@ -508,10 +512,23 @@ def not_negative(name: str, tree: Any, path: Any = ()) -> None:
 
 
 def _has_negative(x: Any) -> Any:
-    return (x.real < 0).any() | (x.imag < 0).any()
+    is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
+    return (x.real < 0).any() | (x.imag < 0).any() if is_complex else (x < 0).any()
 
 
 _jitted_has_negative = jax.jit(_has_negative)
+
+
+def _is_ready(value: Any) -> bool:
+    """Whether a value is known without waiting for a device."""
+    if isinstance(value, Tracer):
+        return False
+    return not isinstance(value, jax.Array) or value.is_ready()  # type: ignore[attr-defined]
+
+
+def _is_on_one_cpu(array: jax.Array) -> bool:
+    devices = array.devices()
+    return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
 
 
 def fits(structure: Any, tree: Any) -> bool:

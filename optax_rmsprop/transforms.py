@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_rmsprop import _checks
@@ -165,6 +166,7 @@ def scale_by_rms(
     ) -> tuple[optax.Updates, ScaleByRmsState]:
         _checks.same_state(state, ScaleByRmsState)
         _checks.belong(updates, params, state)
+        _checks.not_negative("state", state.nu, (GetAttrKey("nu"),), wait=False)
         count = optax.safe_increment(state.count)
         weights = _averaging_weights(decay, count, bias_correction)
         nu = _advance(_next_nu, weights, updates, state.nu)
@@ -252,6 +254,7 @@ def scale_by_stddev(
     ) -> tuple[optax.Updates, ScaleByStddevState]:
         _checks.same_state(state, ScaleByStddevState)
         _checks.belong(updates, params, state)
+        _checks.not_negative("state", state.var, (GetAttrKey("var"),), wait=False)
         count = optax.safe_increment(state.count)
         weights = _averaging_weights(decay, count, bias_correction)
         mu = _advance(_next_mu, weights, updates, state.mu)

@@ -606,6 +606,24 @@ def test_a_count_of_a_scheduled_and_masked_weight_decay():
         tx.update(PARAMS, state, PARAMS)
 
 
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_negative_average_is_refused_and_nan_is_not(centered):
+    tx = rmsprop(centered=centered)
+    state, name = tx.init(PARAMS), "var" if centered else "nu"
+    leaf = jnp.array([1.0, -1.0, 0.0])
+    bad, unknown = (
+        optax.tree.set(state, **{name: PARAMS | {"b": x}})
+        for x in (leaf, leaf * jnp.nan)
+    )
+    says = rf"`state` must hold averages of squares, .* at \.{name}\['b'\]; restore"
+    for of_numpy in (False, True):
+        given = jax.device_get(bad) if of_numpy else bad
+        with pytest.raises(ValueError, match=says):
+            tx.update(PARAMS, given)
+    assert jnp.isnan(tx.update(PARAMS, unknown)[0]["b"]).all()
+    jax.jit(tx.update)(PARAMS, bad)  # values are not known here
+
+
 def test_a_negative_average_has_no_step_size():
     tx = scale_by_rms()
     state = tx.init(PARAMS)
