@@ -108,7 +108,7 @@ def _step(step: int, device: Any) -> torch.Tensor:
 
 
 def _to_tensor(array: np.ndarray) -> torch.Tensor:
-    """In the memory of the array, which is nobody else's."""
+    """A tensor over the array's own memory: no one else may use the array."""
     import torch
 
     if array.dtype == jnp.bfloat16:
