@@ -73,8 +73,8 @@ def number(
     if not is_real(value):
         if callable(value) and not isinstance(value, type):
             hint = "; to schedule it use optax.inject_hyperparams"
-        elif isinstance(value, jax.Array) and jnp.iscomplexobj(value) and not hint:
-            hint = _HYPERPARAM_DTYPE
+        elif hint != _SCHEDULED and isinstance(value, jax.Array):
+            hint = _HYPERPARAM_DTYPE if jnp.iscomplexobj(value) else hint
         raise TypeError(f"{rule}, got {shown(value)}{hint}")
     if np.ndim(value) != 0:
         raise TypeError(
@@ -103,6 +103,8 @@ def number(
             raise ValueError(f"{rule}, got {known}, which is infinite in float32")
     return value
 
+
+_SCHEDULED = " from its schedule"
 
 # optax.inject_hyperparams makes all numbers arrays in the dtype of the parameters.
 _HYPERPARAM_DTYPE = "; with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32"
@@ -139,7 +141,7 @@ def schedule(name: str, value: Any, **rules: Any) -> ScalarOrSchedule:
         result = value(count)
         is_array = isinstance(result, jax.Array) and result.ndim == 0
         if not (is_array and is_real(result)):
-            number(name, result, **{**rules, "hint": " from its schedule"})
+            number(name, result, **{**rules, "hint": _SCHEDULED})
         return result
 
     return checked
@@ -520,10 +522,13 @@ _jitted_has_negative = jax.jit(_has_negative)
 
 
 def _is_ready(value: Any) -> bool:
-    """Whether a value is known without waiting for a device."""
-    if isinstance(value, Tracer):
-        return False
-    return not isinstance(value, jax.Array) or value.is_ready()  # type: ignore[attr-defined]
+    """Whether a value is known, and without waiting for a device.
+
+    A variable of Flax NNX may hold a traced value: it is taken for unknown.
+    """
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer):
+        return value.is_ready()  # type: ignore[attr-defined]
+    return isinstance(value, int | np.generic | np.ndarray)
 
 
 def _is_on_one_cpu(array: jax.Array) -> bool:

@@ -143,6 +143,8 @@ def _value(powers: Powers, eps_in_sqrt: bool, arguments: Arguments) -> jax.Array
         root = jnp.sqrt(moment.value + above_0)
         denominator = root + eps
     least = jnp.abs(g) / _room(g.dtype)
+    # A select wants both on the same axes of a mesh, which a sum of both is.
+    least, denominator = least + 0 * denominator, denominator + 0 * least
     denominator = jnp.where(denominator < least, least, denominator)
     # No quotient is divided again: XLA would multiply the divisors, which may give 0.
     factors = j * [moment.free_x / root] + (m - 1) * [1 / denominator] + n * [1 / root]
