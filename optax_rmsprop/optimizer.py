@@ -95,9 +95,10 @@ def rmsprop(
     Returns:
       A transformation whose updates are for `optax.apply_updates`. They have the
       gradient's shape. Their dtype is the gradient's; where update is given parameters
-      of another dtype, it is float32, or the wider of the two. Parameters must be given
-      to update where weight_decay is used. Where a gradient is None, so is the update,
-      the state stays as it is, and the parameter is not read: it may be anything.
+      of another dtype, it is float32, or the wider of the two; that of a complex
+      parameter is complex. Parameters must be given to update where weight_decay is
+      used. Where a gradient is None, so is the update, the state stays as it is, and
+      the parameter is not read: it may be anything.
       The state is that of an `optax.chain`; read it with `optax.tree.get(state, "nu")`,
       or "mu", "var", "trace".
 

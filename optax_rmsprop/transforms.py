@@ -127,8 +127,9 @@ def scale_by_rms(
     Returns:
       A transformation whose state is `ScaleByRmsState`. Updates have the gradient's
       shape. Their dtype is the gradient's; where update is given parameters of another
-      dtype, it is float32, or the wider of the two. A gradient that is None leaves its
-      part of the state as it is, and its parameter unread.
+      dtype, it is float32, or the wider of the two; that of a complex parameter is
+      complex. A gradient that is None leaves its part of the state as it is, and its
+      parameter unread.
 
     Raises:
       TypeError: a number or option of the wrong kind; parameters that are not floating
