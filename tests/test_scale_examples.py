@@ -199,6 +199,7 @@ def run_until_killed(folder, rng):
     After an odd number of lines by Ctrl-C, for which it finishes a checkpoint.
     """
     lines = rng.choice([0, 1, 2, 3, 4, 5])
+    half_written = set(folder.glob("*tmp*"))  # Orbax removes it in the background
     process = start(["preemptible.py"], *LONG, f"--checkpoints={folder}")
     if lines == 0:
         time.sleep(rng.uniform(0, 3))
@@ -209,7 +210,7 @@ def run_until_killed(folder, rng):
     _, err = process.communicate()
     if lines % 2:
         assert (process.returncode, err) == (130, STOPPED)
-        assert not list(folder.glob("*tmp*"))
+        assert set(folder.glob("*tmp*")) <= half_written
     return printed
 
 
