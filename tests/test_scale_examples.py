@@ -214,6 +214,7 @@ def run_until_killed(folder, rng):
     return printed
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_points_it_ends_with_the_same_bits(examples, tmp_path):
     killed, untouched = tmp_path / "killed", tmp_path / "untouched"
     rng = random.Random(0)
