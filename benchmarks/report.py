@@ -10,13 +10,14 @@ import json
 import re
 from pathlib import Path
 
-import carry
 import many_leaves
 import matplotlib
 import small_state
 import small_state_cost
 import step
 import tpu
+
+import carry
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

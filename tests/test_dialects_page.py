@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_dialects import RECORDED, TRANSCRIBED, settings_of
 
 import optax_rmsprop
 from optax_rmsprop import dialects, rmsprop
 from peers.record import FRAMEWORKS
-from test_dialects import RECORDED, TRANSCRIBED, settings_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "dialects.md").read_text()

@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
+from test_dialects import settings_of
 
 from optax_rmsprop import diagnose, dialects, rmsprop
-from test_dialects import settings_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "parameters.md").read_text()
