@@ -60,12 +60,10 @@ def digits(x, significant=2):
 
 def same(old, new, tolerance):
     """Whether two texts are equal, up to a tolerance of their numbers."""
-    if NUMBER.split(old) != NUMBER.split(new):
-        return False
+    if not tolerance or NUMBER.split(old) != NUMBER.split(new):
+        return old == new
     pairs = zip(NUMBER.findall(old), NUMBER.findall(new), strict=True)
-    return all(
-        a == b or math.isclose(float(a), float(b), rel_tol=tolerance) for a, b in pairs
-    )
+    return all(math.isclose(float(a), float(b), rel_tol=tolerance) for a, b in pairs)
 
 
 def filled(text, language, names):
