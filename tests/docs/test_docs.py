@@ -42,7 +42,7 @@ def with_blocks():
         yield pytest.param(page, marks=marks, id=str(page.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize("page", with_blocks())
+@pytest.mark.parametrize("page", list(with_blocks()))
 def test_python_blocks_run(page):
     for code in blocks(page, "python"):
         skip_without_torch(code)
