@@ -16,6 +16,7 @@ sys.path[1:1] = [str(DOCS / "figures"), str(DOCS.parent / "benchmarks")]
 
 # Importing a module registers its tables.
 import dialect_tables  # noqa: E402, F401
+import elsewhere  # noqa: E402, F401
 import number_tables  # noqa: E402, F401
 import recipe_tables  # noqa: E402, F401
 import record_tables  # noqa: E402, F401

@@ -1,137 +1,17 @@
-"""The tables of dialects.md, and the lists "Elsewhere" of parameters.md."""
+"""The tables of dialects.md."""
 
 import functools
 import json
-import textwrap
 from pathlib import Path
 
 from generated import number, rows_of, table
-from settings import given, parameters
+from originals import LEARNING_RATES, ORIGINALS, SLOTS
+from settings import ARGUMENTS, flipped, given, option_of, parameters
+from words import Words
 
 from optax_rmsprop import dialects
 
 PEERS = Path(__file__).resolve().parents[2] / "tests" / "peers"
-ZH = {
-    "outside": "外",
-    "under": "内",
-    "inside": "内",
-    "or": "或",
-    "any": "任意",
-    "none": "无",
-    "no momentum": "无动量",
-    "decoupled": "解耦",
-    "corrected": "修正",
-    "option": "可选",
-    "always": "是",
-    "never": "否",
-    "fixed": "固定",
-    "run": "实跑",
-    "transcription": "转写",
-    "negative": "符号相反",
-    "no default": "没有默认值",
-}
-# Where each original is; where the languages differ, in English and in Chinese.
-ORIGINALS = {
-    "bitsandbytes": (
-        "`bitsandbytes.optim.RMSprop`, 32 bits",
-        "`bitsandbytes.optim.RMSprop`，32 位",
-    ),
-    "chainer": "`chainer.optimizers.RMSprop`",
-    "dqn2015": ("the Lua code of DQN in Nature", "Nature 论文中 DQN 的 Lua 代码"),
-    "graves2013": (
-        "arXiv:1308.0850; `chainer.optimizers.RMSpropGraves`",
-        "arXiv:1308.0850；`chainer.optimizers.RMSpropGraves`",
-    ),
-    "jax_example_libraries": (
-        "`rmsprop`, `rmsprop_momentum` of `jax.example_libraries.optimizers`",
-        "`jax.example_libraries.optimizers` 的 `rmsprop`、`rmsprop_momentum`",
-    ),
-    "keras": (
-        "Keras 3's `keras.optimizers.RMSprop`",
-        "Keras 3 的 `keras.optimizers.RMSprop`",
-    ),
-    "mindspore": "`mindspore.nn.RMSProp`",
-    "mlx": "`mlx.optimizers.RMSprop`",
-    "optax": "`optax.rmsprop`",
-    "optimisers_jl": (
-        "`RMSProp` of Julia's Optimisers.jl and Flux",
-        "Julia 的 Optimisers.jl 与 Flux 的 `RMSProp`",
-    ),
-    "paddle": "`paddle.optimizer.RMSProp`",
-    "stable_baselines3": (
-        "Stable-Baselines3's `RMSpropTFLike`",
-        "Stable-Baselines3 的 `RMSpropTFLike`",
-    ),
-    "tensorflow": "`tf.compat.v1.train.RMSPropOptimizer`",
-    "tf_keras": (
-        "`tf.keras.optimizers.RMSprop` up to TensorFlow 2.10; "
-        "`tf.keras.optimizers.legacy.RMSprop`",
-        "TensorFlow 2.10 及更早的 `tf.keras.optimizers.RMSprop`；"
-        "`tf.keras.optimizers.legacy.RMSprop`",
-    ),
-    "timm": ('timm\'s `RMSpropTF` ("rmsproptf")', "timm 的 `RMSpropTF`（“rmsproptf”）"),
-    "torch": "`torch.optim.RMSprop`",
-}
-# The frameworks' own names of the averages of g² and of g, and of the momentum.
-SLOTS = {
-    "bitsandbytes": ("`state1`", "none", "none"),
-    "chainer": ("`ms`", "none", "none"),
-    "dqn2015": ("`g2`", "`g`", "none"),
-    "graves2013": ("`n`", "`g`", "`delta`, negative"),
-    "jax_example_libraries": ("`avg_sq_grad`", "none", "`mom`"),
-    "keras": ("`velocity`", "`average_gradient`", "`momentum`"),
-    "mindspore": ("`mean_square`", "`mean_grad`", "`moment`"),
-    "mlx": ("`v`", "none", "none"),
-    "optax": ("`nu`", "`mu`", "`trace`, negative"),
-    "optimisers_jl": ("`quad`", "`lin`", "none"),
-    "paddle": ("`mean_square`", "`mean_grad`", "`momentum`"),
-    "stable_baselines3": ("`square_avg`", "`grad_avg`", "`momentum_buffer`"),
-    "tensorflow": ("`rms`", "`mg`", "`momentum`"),
-    "tf_keras": ("`rms`", "`mg`", "`momentum`"),
-    "timm": ("`square_avg`", "`grad_avg`", "`momentum_buffer`"),
-    "torch": ("`square_avg`", "`grad_avg`", "`momentum_buffer`"),
-}
-# Ours, where the framework requires a learning rate.
-LEARNING_RATES = {
-    "jax_example_libraries": 1e-3,
-    "mlx": 1e-2,
-    "optax": 1e-2,
-    "paddle": 1e-3,
-    "tensorflow": 1e-3,
-}
-ARGUMENTS = {
-    "decay": ("alpha", "rho", "gamma", "decay"),
-    "eps": ("eps", "epsilon"),
-    "momentum": ("momentum",),
-}
-
-
-class Words:
-    """Cells and lists in one language."""
-
-    def __init__(self, language):
-        self.chinese = language == "zh"
-        self.comma, self.colon = ("，", "：") if self.chinese else (", ", ": ")
-        self.semicolon, self.stop = ("；", "。") if self.chinese else ("; ", ". ")
-
-    def __call__(self, word):
-        return ZH.get(word, word) if self.chinese else word
-
-    def of(self, text):
-        """The language's own, of a text or a pair of texts."""
-        return text if isinstance(text, str) else text[self.chinese]
-
-    def either(self, choices):
-        """Choices such as `L2, decoupled or corrected`."""
-        *first, last = map(self, choices)
-        if not first:
-            return last
-        between = "" if self.chinese else " "
-        listed = ("、" if self.chinese else ", ").join(first)
-        return f"{listed}{between}{self('or')}{between}{last}"
-
-    def listed(self, names):
-        return ("、" if self.chinese else ", ").join(names)
 
 
 def side_of_eps(settings):
@@ -144,15 +24,6 @@ def side_of_lr(settings):
 
 def kind_of_decay(settings):
     return "decoupled" if settings["decoupled_weight_decay"] else "L2"
-
-
-def option_of(name, options):
-    """The dialect's argument among these names, or None."""
-    return next((o for o in options if o in parameters(name)), None)
-
-
-def flipped(name, option):
-    return {option: not parameters(name)[option].default}
 
 
 def with_momentum(name):
@@ -303,104 +174,3 @@ def losses(language):
     shown, found = curves()
     rows = [[f"`{name}`", *(f"{x:.3f}" for x in line)] for name, line in found.items()]
     return rows_of(["更新次数" if language == "zh" else "updates", *shown], rows)
-
-
-FRAMEWORKS = {
-    "torch": "torch",
-    "timm": "timm",
-    "bitsandbytes": "bitsandbytes",
-    "keras": "Keras",
-    "tensorflow": "TensorFlow 1",
-    "paddle": "Paddle",
-    "mindspore": "MindSpore",
-    "mlx": "MLX",
-    "chainer": "Chainer",
-    "optimisers_jl": "Optimisers.jl",
-    "stable_baselines3": "Stable-Baselines3",
-    "optax": "optax",
-}
-
-
-def grouped(pairs, words):
-    """A sentence for each key, which lists its values."""
-    groups = {}
-    for key, value in pairs:
-        groups.setdefault(key, []).append(value)
-    parts = [f"{k}{words.colon}{words.listed(v)}" for k, v in groups.items()]
-    text = words.stop.join(parts) + words.stop.rstrip()
-    if words.chinese:
-        return text
-    lines = textwrap.fill(
-        text,
-        88,
-        initial_indent="  ",
-        subsequent_indent="  ",
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
-    return lines.lstrip()
-
-
-def names_elsewhere(options):
-    """How frameworks call an argument, with their defaults."""
-
-    def make(language):
-        words = Words(language)
-        pairs = []
-        for name, framework in FRAMEWORKS.items():
-            argument = option_of(name, options)
-            if argument is None:
-                continue
-            default = parameters(name)[argument].default
-            required = default is parameters(name)[argument].empty
-            value = words("no default") if required else number(default)
-            pairs.append((f"`{argument}`{words.comma}{value}", framework))
-        return grouped(pairs, words)
-
-    return make
-
-
-def sides_elsewhere(sides, option_names, setting, **case):
-    """On which side of a switch frameworks stand, and which argument moves them."""
-
-    def make(language):
-        words = Words(language)
-        pairs = []
-        for name, framework in FRAMEWORKS.items():
-            settings = given(name, **case)
-            if settings is None:
-                continue
-            if option := option_of(name, option_names):
-                (value,) = flipped(name, option).values()
-                unless = f"（除非 `{option}={value}`）" if words.chinese else ""
-                framework += unless or f" (unless `{option}={value}`)"
-            pairs.append((bool(settings[setting]), framework))
-        pairs.sort(key=lambda pair: pair[0])
-        return grouped(((words.of(sides[on]), name) for on, name in pairs), words)
-
-    return make
-
-
-table("elsewhere-learning_rate")(names_elsewhere(("lr", "learning_rate", "step_size")))
-table("elsewhere-decay")(names_elsewhere(ARGUMENTS["decay"]))
-table("elsewhere-eps")(names_elsewhere(ARGUMENTS["eps"]))
-table("elsewhere-eps_in_sqrt")(
-    sides_elsewhere(
-        (("Outside", "根号外"), ("Under", "根号内")),
-        ("eps_in_sqrt", "eps_inside_sqrt"),
-        "eps_in_sqrt",
-    )
-)
-table("elsewhere-lr_in_momentum")(
-    sides_elsewhere(
-        (("Outside", "缓冲区外"), ("Inside", "缓冲区内")),
-        ("lr_in_momentum",),
-        "lr_in_momentum",
-        momentum=0.9,
-    )
-)
-table("elsewhere-initial_scale")(
-    sides_elsewhere(
-        (("From 0", "从 0 开始"), ("From 1", "从 1 开始")), (), "initial_scale"
-    )
-)

@@ -17,6 +17,12 @@ DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(rmsprop).parameters.items()
 }
+# What frameworks call the arguments of rmsprop.
+ARGUMENTS = {
+    "decay": ("alpha", "rho", "gamma", "decay"),
+    "eps": ("eps", "epsilon"),
+    "momentum": ("momentum",),
+}
 IN_FRONT = ("add_decayed_weights", "clip", "clip_by_global_norm")
 
 
@@ -58,6 +64,15 @@ def recorded():
 
 def parameters(name):
     return inspect.signature(getattr(dialects, name)).parameters
+
+
+def option_of(name, options):
+    """The dialect's argument among these names, or None."""
+    return next((o for o in options if o in parameters(name)), None)
+
+
+def flipped(name, option):
+    return {option: not parameters(name)[option].default}
 
 
 def given(name, **case):

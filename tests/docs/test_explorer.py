@@ -148,6 +148,7 @@ def test_float32_is_the_packages(script, number, flags):
         assert error <= TOLERANCE_32 * lost, s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "flags"), list(enumerate(programs())))
 def test_without_rounding_it_is_the_packages_float64(script, number, flags, x64):
     settings = list(random_settings(number, flags))
@@ -170,6 +171,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_the_other_formulas_are_those_of_their_dialects(script, name, x64):
     """And so is ours with the options that the page fixes for them."""

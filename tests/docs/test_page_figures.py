@@ -40,6 +40,7 @@ def figures():
         yield {name: draw for m in modules for name, draw in m.FIGURES.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_figures_can_be_drawn(figures, name):
     figure = figures[name](**SMALL[name])
