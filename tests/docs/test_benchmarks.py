@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def run(script, *options):
@@ -18,6 +18,7 @@ def run(script, *options):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_training_with_small_states(tmp_path):
     pytest.importorskip("sklearn")
     output, figure = tmp_path / "losses.json", tmp_path / "losses.png"
@@ -29,6 +30,7 @@ def test_training_with_small_states(tmp_path):
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_cost_of_small_states(tmp_path):
     output = tmp_path / "cost.json"
     run("small_state_cost.py", "--quick", "--reps", 1, "--output", output)

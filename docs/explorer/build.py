@@ -1,8 +1,8 @@
 """Write the interactive explorer of RMSprop: one HTML page that needs no network.
 
-    python examples/explorer.py
+    python docs/explorer/build.py
 
-puts the pieces in `docs/explorer` together, and ends with a line like
+puts the pieces in this folder together, and ends with a line like
 
     explorer.html (71 kB, nothing to fetch): open it in a browser
 
@@ -16,7 +16,7 @@ import re
 from html import escape
 from pathlib import Path
 
-PIECES = Path(__file__).parent.parent / "docs" / "explorer"
+PIECES = Path(__file__).parent
 
 
 def piece(name: str) -> str:
@@ -44,8 +44,7 @@ def outside_references(html: str) -> list[str]:
     return found + re.findall(r"@import.*|url\(.*|\bfetch\(.*|\bimport\(.*", html)
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Write the page, and return its path."""
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -57,14 +56,10 @@ def main(argv: list[str] | None = None) -> Path:
     html = page()
     if found := outside_references(html):
         raise SystemExit(f"expected nothing to fetch, got {found}: please report it")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(html, encoding="utf-8")
-    except OSError as error:
-        parser.error(f"--output: {error}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(html, encoding="utf-8")
     size = output.stat().st_size / 1000
     print(f"{output} ({size:.0f} kB, nothing to fetch): open it in a browser")
-    return output
 
 
 if __name__ == "__main__":
