@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import matplotlib
+
 import small_state
 import step
 

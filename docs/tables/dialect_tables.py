@@ -5,11 +5,10 @@ import json
 from pathlib import Path
 
 from generated import number, rows_of, table
+from optax_rmsprop import dialects
 from originals import LEARNING_RATES, ORIGINALS, SLOTS
 from settings import ARGUMENTS, flipped, given, option_of, parameters
 from words import Words
-
-from optax_rmsprop import dialects
 
 PEERS = Path(__file__).resolve().parents[2] / "tests" / "peers"
 

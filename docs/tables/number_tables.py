@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from generated import digits, number, rows_of, table
 
+from generated import digits, number, rows_of, table
 from optax_rmsprop import rmsprop
 
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from generated import digits, number, rows_of, table
 from settings import settings_in
 

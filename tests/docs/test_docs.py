@@ -109,6 +109,7 @@ def test_public_names():
         "ScaleByStddevState",
         "TorchRun",
         "add_decayed_weights",
+        "carry",
         "check_state_shardings",
         "compress_state",
         "decompress_state",
@@ -126,6 +127,7 @@ def test_public_names():
         "to_torch",
         "torch_layers",
         "trace",
+        "wrappers",
     }
 
 
