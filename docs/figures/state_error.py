@@ -24,7 +24,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from levels import dynamic_map
 
-from optax_rmsprop import compress_state, decompress_state, scale_by_rms
+from optax_rmsprop import scale_by_rms
+from optax_rmsprop.wrappers import compress_state, decompress_state
 
 BLOCK, BLOCKS, STEPS = 256, 32, 2000
 DECAYS = (0.9, 0.99, 0.999)

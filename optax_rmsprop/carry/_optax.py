@@ -96,7 +96,8 @@ def from_optax(
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> from optax_rmsprop import dialects, from_optax
+      >>> from optax_rmsprop import dialects
+      >>> from optax_rmsprop.carry import from_optax
       >>> params, grads = jnp.ones(2), jnp.array([3.0, -4.0])
       >>> source = optax.rmsprop(0.1, decay=0.75, momentum=0.9)
       >>> _, opt_state = source.update(grads, source.init(params))

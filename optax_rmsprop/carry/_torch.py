@@ -63,7 +63,7 @@ def from_torch(
 
     Example:
       >>> import torch
-      >>> from optax_rmsprop import from_torch, to_torch
+      >>> from optax_rmsprop.carry import from_torch, to_torch
       >>> model = torch.nn.Linear(3, 2)
       >>> optimizer = torch.optim.RMSprop(model.parameters(), lr=0.1, momentum=0.9)
       >>> def port(weights):
@@ -112,7 +112,7 @@ def from_torch_checkpoint(
 
     Example:
       >>> import io, torch
-      >>> from optax_rmsprop import from_torch_checkpoint
+      >>> from optax_rmsprop.carry import from_torch_checkpoint
       >>> model = torch.nn.Linear(3, 2)
       >>> optimizer = torch.optim.RMSprop(model.parameters(), lr=0.1, momentum=0.9)
       >>> saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

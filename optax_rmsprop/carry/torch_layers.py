@@ -3,7 +3,7 @@
 Each function takes torch's arrays by name, as a port does, and the name of one layer,
 and returns that layer's parameters as Flax Linen and NNX call them:
 
-    from optax_rmsprop import from_torch, torch_layers
+    from optax_rmsprop.carry import from_torch, torch_layers
 
     def port(weights):
         return {

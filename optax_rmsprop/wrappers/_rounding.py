@@ -136,11 +136,12 @@ def stochastic_apply_updates(
       ValueError: updates that do not have the parameters' structure and shapes.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax_rmsprop
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_rmsprop import wrappers
       >>> params = jnp.ones(10_000, jnp.bfloat16)
       >>> updates = jnp.full(10_000, 1e-3)
       >>> key = jax.random.key(0)
-      >>> new = optax_rmsprop.stochastic_apply_updates(params, updates, key)
+      >>> new = wrappers.stochastic_apply_updates(params, updates, key)
       >>> round(float(new.astype(jnp.float32).mean()), 4)
       1.001
 

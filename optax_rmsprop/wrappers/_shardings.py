@@ -61,12 +61,13 @@ def state_shardings(
         all; an axis that the mesh does not have.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax_rmsprop
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_rmsprop import rmsprop, wrappers
       >>> from jax.sharding import NamedSharding, PartitionSpec
       >>> mesh = jax.make_mesh((1,), ("data",))
       >>> by_rows = NamedSharding(mesh, PartitionSpec("data"))
       >>> params = jax.device_put(jnp.zeros((8, 4)), by_rows)
-      >>> shardings = optax_rmsprop.state_shardings(optax_rmsprop.rmsprop(), params)
+      >>> shardings = wrappers.state_shardings(rmsprop(), params)
       >>> shardings[0].nu == by_rows, shardings[0].count.is_fully_replicated
       (True, True)
 
@@ -130,14 +131,15 @@ def check_state_shardings(state: optax.OptState, shardings: optax.OptState) -> N
         with another structure.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax_rmsprop
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_rmsprop import rmsprop, wrappers
       >>> from jax.sharding import NamedSharding, PartitionSpec
       >>> mesh = jax.make_mesh((1,), ("data",))
       >>> params = jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec()))
-      >>> tx = optax_rmsprop.rmsprop()
-      >>> shardings = optax_rmsprop.state_shardings(tx, params, zero1="data")
+      >>> tx = rmsprop()
+      >>> shardings = wrappers.state_shardings(tx, params, zero1="data")
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
-      >>> optax_rmsprop.check_state_shardings(state, shardings)
+      >>> wrappers.check_state_shardings(state, shardings)
 
     References:
       `state_shardings`.

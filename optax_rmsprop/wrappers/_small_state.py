@@ -103,8 +103,9 @@ def compress_state(
         another dtype or without compression.
 
     Example:
-      >>> import jax.numpy as jnp, optax_rmsprop
-      >>> tx = optax_rmsprop.compress_state(optax_rmsprop.rmsprop(), jnp.uint8)
+      >>> import jax.numpy as jnp
+      >>> from optax_rmsprop import rmsprop, wrappers
+      >>> tx = wrappers.compress_state(rmsprop(), jnp.uint8)
       >>> params = jnp.zeros((64, 64))
       >>> state = tx.init(params)
       >>> state.inner[0].nu.dtype, state.inner[0].nu.nbytes
@@ -218,10 +219,11 @@ def decompress_state(state: optax.OptState) -> optax.OptState:
       ValueError: a state without a `CompressedState`.
 
     Example:
-      >>> import jax.numpy as jnp, optax, optax_rmsprop
-      >>> tx = optax_rmsprop.compress_state(optax.adam(0.1), jnp.bfloat16, min_size=1)
+      >>> import jax.numpy as jnp, optax
+      >>> from optax_rmsprop import wrappers
+      >>> tx = wrappers.compress_state(optax.adam(0.1), jnp.bfloat16, min_size=1)
       >>> state = tx.init(jnp.ones(2))
-      >>> optax.tree.get(optax_rmsprop.decompress_state(state), "nu")
+      >>> optax.tree.get(wrappers.decompress_state(state), "nu")
       Array([0., 0.], dtype=float32)
 
     References:
