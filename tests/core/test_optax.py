@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import chex
 import cloudpickle
@@ -513,11 +512,11 @@ jax.config.update("jax_enable_x64", True)
 two_updates, transformations = pickle.load(open("sent", "rb"))
 results = {name: two_updates(tx) for name, tx in transformations.items()}
 pickle.dump(results, open("back", "wb"))"""
-    tests = str(Path(__file__).parent.parent)
     subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": tests, "JAX_PLATFORMS": "cpu"},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
         check=True,
     )
     results = pickle.loads((tmp_path / "back").read_bytes())

@@ -90,6 +90,7 @@ def test_optax_cases_pass(module):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join(sys.path),  # where `reference` is
     }
     done = subprocess.run(
         [sys.executable, __file__, module],

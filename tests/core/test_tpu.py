@@ -19,7 +19,7 @@ from optax_rmsprop import compress_state, rmsprop, state_shardings
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu"
 )
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
 OPTIONS = {
     "plain": ({}, 20),

@@ -588,7 +588,7 @@ def within_shard_map():
 
 
 def page_of_scale():
-    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
     for mode in MODES:
         make_mesh = functools.partial(
             jax.make_mesh, axis_types=(getattr(AxisType, mode),)
