@@ -363,7 +363,11 @@ def test_an_array_of_0_is_not_off(name):
     assert text.count("\n") > plain_text.count("\n")
 
 
-MODULES = ("optax_rmsprop", "optax_rmsprop.dialects", "optax_rmsprop.torch_layers")
+MODULES = (
+    "optax_rmsprop",
+    "optax_rmsprop.dialects",
+    "optax_rmsprop.carry.torch_layers",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
