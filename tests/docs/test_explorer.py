@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import runpy
-import shutil
 from pathlib import Path
 
 import jax
@@ -329,20 +328,6 @@ def test_the_page_is_one_file_that_fetches_nothing(tmp_path):
     assert BUILD["outside_references"](html) == []
     for bad in ('<img src="a.png">', "<style>a { background: url(a.png) }</style>"):
         assert BUILD["outside_references"](html + bad)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
