@@ -367,6 +367,7 @@ MODULES = (
     "optax_rmsprop",
     "optax_rmsprop.dialects",
     "optax_rmsprop.carry.torch_layers",
+    "optax_rmsprop.torch_layers",
 )
 
 

@@ -11,6 +11,7 @@ import optax_rmsprop
 PACKAGE = Path(optax_rmsprop.__file__).parent
 # A room imports only rooms that stand below it.
 ROOMS = [
+    "torch_layers",
     "carry",
     "dialects",
     "diagnostics",
@@ -81,6 +82,8 @@ def test_the_names_of_before_are_those_of_the_rooms():
     for name in optax_rmsprop.__all__:
         assert getattr(optax_rmsprop, name) is not None
     assert optax_rmsprop.TorchRun is optax_rmsprop.carry.Run
+    old = importlib.import_module("optax_rmsprop.torch_layers")
+    assert old is optax_rmsprop.torch_layers is optax_rmsprop.carry.torch_layers
     for folder in ("carry", "wrappers"):
         room = getattr(optax_rmsprop, folder)
         for name in room.__all__:
