@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from optax_rmsprop import _errors
 from optax_rmsprop._numerics import Moment, by_parts, divide
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
-from optax_rmsprop.wrappers._small_state import CompressedState, decompress_state
+from optax_rmsprop.wrappers import CompressedState, decompress_state
 
 
 class Diagnosis(NamedTuple):

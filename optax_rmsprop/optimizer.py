@@ -150,7 +150,7 @@ def rmsprop(
     weight_decay = _errors.schedule(
         "weight_decay", 0.0 if weight_decay is None else weight_decay
     )
-    mask = _checked_mask("weight_decay_mask", weight_decay_mask)
+    mask = _checked_mask(weight_decay_mask)
     has_momentum, decays = (
         not _errors.is_off(momentum),
         not _errors.is_off(weight_decay),
@@ -250,7 +250,7 @@ def rmsprop(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _checked_mask(name: str, value: Any) -> Callable[[Any], Any] | None:
+def _checked_mask(value: Any) -> Callable[[Any], Any] | None:
     """Check a mask: None, a function, or a tree of booleans, but not one alone.
 
     It comes back as a plain function, or None. optax would call a tree of booleans in
@@ -263,11 +263,12 @@ def _checked_mask(name: str, value: Any) -> Callable[[Any], Any] | None:
     is_function = callable(value) and all(path == () for path, _ in leaves)
     is_function &= not isinstance(value, type)
     if not is_function:
-        _booleans(name, value, alone=False, remedy=_errors.STATIC_ARGS.format(name))
+        remedy = _errors.STATIC_ARGS.format("weight_decay_mask")
+        _check_booleans(value, alone=False, remedy=remedy)
 
     def checked(params: Any) -> Any:
         tree = value(params) if is_function else value
-        _booleans(name, tree)
+        _check_booleans(tree)
         structure = jax.tree.structure(tree)
         if not _errors.fits(structure, params):
             given, expected = (
@@ -278,8 +279,8 @@ def _checked_mask(name: str, value: Any) -> Callable[[Any], Any] | None:
             of_each = [next(filter(given.__contains__, s), s[-1]) for s in starts]
             problems = _errors.other_paths(given, dict.fromkeys(of_each))
             raise ValueError(
-                f"`{name}` must have the structure of the parameters or a prefix of "
-                "it: "
+                "`weight_decay_mask` must have the structure of the parameters or a "
+                "prefix of it: "
                 + "; ".join(problems or [trees(structure, jax.tree.structure(params))])
             )
         return tree
@@ -287,7 +288,7 @@ def _checked_mask(name: str, value: Any) -> Callable[[Any], Any] | None:
     return checked
 
 
-def _booleans(name: str, tree: Any, *, alone: bool = True, remedy: str = "") -> None:
+def _check_booleans(tree: Any, *, alone: bool = True, remedy: str = "") -> None:
     for path, leaf in tree_flatten_with_path(tree)[0]:
         if (
             _errors.dtype_of(leaf) != np.bool_
@@ -296,8 +297,8 @@ def _booleans(name: str, tree: Any, *, alone: bool = True, remedy: str = "") -> 
             or (path == () and not alone)
         ):
             raise TypeError(
-                f"`{name}` must be a tree of True and False or a function that returns "
-                f"one, got {shown(leaf)} at {at(path)}{remedy}"
+                "`weight_decay_mask` must be a tree of True and False or a function "
+                f"that returns one, got {shown(leaf)} at {at(path)}{remedy}"
             )
 
 

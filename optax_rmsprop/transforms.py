@@ -279,7 +279,7 @@ def _check_shared(
     eps = _errors.number("eps", eps)
     initial_scale = _errors.number("initial_scale", initial_scale)
     _errors.flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
-    _check_accumulator_dtype("accumulator_dtype", accumulator_dtype)
+    _check_accumulator_dtype(accumulator_dtype)
     traced = isinstance(initial_scale, Tracer)
     if bias_correction and not traced and np.any(initial_scale):
         raise ValueError(
@@ -289,12 +289,12 @@ def _check_shared(
     return eps, initial_scale
 
 
-def _check_accumulator_dtype(name: str, dtype: Any) -> None:
-    """Check the dtype of an accumulator: None, float32, or float64 in 64-bit mode."""
+def _check_accumulator_dtype(dtype: Any) -> None:
+    """Check that a dtype is None, float32, or float64 in 64-bit mode."""
     if isinstance(dtype, jax.Array | np.ndarray | np.generic):
         raise TypeError(
-            f"`{name}` must be a dtype, got {shown(dtype)}"
-            + _errors.STATIC_ARGS.format(name)
+            f"`accumulator_dtype` must be a dtype, got {shown(dtype)}"
+            + _errors.STATIC_ARGS.format("accumulator_dtype")
         )
     if dtype is None:
         return
@@ -306,7 +306,8 @@ def _check_accumulator_dtype(name: str, dtype: Any) -> None:
         if given == "float64":
             why = "jax.config.update('jax_enable_x64', True) allows it"
         raise ValueError(
-            f"`{name}` must be None or {' or '.join(allowed)}, got {given}; {why}"
+            f"`accumulator_dtype` must be None or {' or '.join(allowed)}, got {given}; "
+            + why
         )
 
 

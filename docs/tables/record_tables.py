@@ -42,8 +42,8 @@ register("small_state_cost-tpu", cost.TPU_TABLE_HEAD, cost.tpu_table_line)
 
 
 @table("state_error")
-def state_error(language, octaves=2.0):
-    """Errors of √nu where sizes differ by so much from one parameter to the next."""
+def state_error(language):
+    """Errors of √nu where sizes differ by two octaves between parameters."""
     path = ROOT / "docs" / "figures" / "state_error.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     rows = []
@@ -51,7 +51,7 @@ def state_error(language, octaves=2.0):
         cells = [
             f"{r['rms error, %']:.1f} % ({round(r['mean error, %'], 1) or 0.0:+.1f})"
             for r in found
-            if (r["method"], r["octaves"]) == (method, octaves)
+            if (r["method"], r["octaves"]) == (method, 2.0)
             and r["sizes of"] == "every parameter"
         ]
         rows.append([name, *(cell.replace("+0.0", "0.0") for cell in cells)])

@@ -49,7 +49,7 @@ def knows_foreign_names(function: Function) -> Function:
     return checked  # type: ignore[return-value]
 
 
-# For dialects without maximize, see `dialects/_words.py`.
+# For dialects without maximize, see `dialects/_arguments.py`.
 ASCEND = "; to ascend give maximize=True"
 
 

@@ -1,4 +1,4 @@
-"""Carry a run from Keras 3 to JAX, as `torch_port` carries one from torch."""
+"""Carry a run from Keras 3 to JAX, as `_torch.py` carries one from torch."""
 
 from __future__ import annotations  # so that help() shows these types by name
 

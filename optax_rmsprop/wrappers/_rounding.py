@@ -148,7 +148,7 @@ def stochastic_apply_updates(
     References:
       Gupta et al., Deep Learning with Limited Numerical Precision, arXiv:1502.02551.
     """
-    _check_key("key", key)
+    _check_key(key)
     _errors.same_tree("updates", updates, "`params`", params)
     structure: Any
     leaves, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
@@ -168,16 +168,15 @@ def stochastic_apply_updates(
     return structure.unflatten(leaf(*row) for row in rows)
 
 
-def _check_key(name: str, value: Any) -> None:
+def _check_key(key: Any) -> None:
     """Check that a value is one of JAX's keys, old or new."""
-    dtype = getattr(value, "dtype", None)
+    dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        is_key = np.shape(value) == ()
+        is_key = np.shape(key) == ()
     else:
         raw = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-        is_key = dtype == raw.dtype and np.shape(value) == raw.shape
+        is_key = dtype == raw.dtype and np.shape(key) == raw.shape
     if not is_key:
         raise TypeError(
-            f"`{name}` must be one PRNG key, got {shown(value)}; jax.random.key(0) "
-            "makes one"
+            f"`key` must be one PRNG key, got {shown(key)}; jax.random.key(0) makes one"
         )

@@ -84,9 +84,9 @@ def state_shardings(
             f"{shown(tx)}; give the transformation, not its init"
         )
     leaves, structure = tree_flatten_with_path(params)
-    mesh = _on_one_mesh("params", params)
+    mesh = _mesh_of(params)
     if zero1 is not None:
-        _axis_of("zero1", zero1, mesh)
+        _check_axis(zero1, mesh)
     of_parameters = {path: (p.shape, p.sharding) for path, p in leaves}
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -144,7 +144,33 @@ def check_state_shardings(state: optax.OptState, shardings: optax.OptState) -> N
     References:
       `state_shardings`.
     """
-    _sharded_as("state", state, "shardings", shardings)
+    structure: Any
+    leaves, structure = tree_flatten_with_path(state)
+    expected, expected_structure = tree_flatten_with_path(shardings)
+    if structure != expected_structure:
+        problems = other_paths(dict(leaves), dict(expected))
+        raise ValueError(
+            "`state` must have the structure of `shardings`: "
+            + "; ".join(problems or [trees(structure, expected_structure)])
+            + "; make both with the same transformation and parameters"
+        )
+    for (path, leaf), (_, sharding) in zip(leaves, expected, strict=True):
+        if not isinstance(sharding, Sharding) or _is_abstract(sharding):
+            raise TypeError(
+                "`shardings` must be jax.sharding.Sharding on devices, got "
+                f"{shown(sharding)} at {at(path)}; NamedSharding(mesh, spec) makes "
+                "one of a spec"
+            )
+        got = _sharding_of(leaf)
+        if got is None or not _in_one_place(got, sharding, np.ndim(leaf)):
+            remedy = "jax.device_put(state, shardings) moves it"
+            if isinstance(leaf, Tracer):
+                remedy = "call this outside of jax.jit"
+            raise ValueError(
+                "`state` must be sharded as in `shardings`, got "
+                f"{_place(got) if got else kind_of(leaf)} at {at(path)}, expected "
+                f"{_place(sharding)}; {remedy}"
+            )
 
 
 def _partitioned(
@@ -162,19 +188,19 @@ def _partitioned(
     return sharding
 
 
-def _on_one_mesh(name: str, tree: Any) -> Mesh | AbstractMesh:
+def _mesh_of(params: Any) -> Mesh | AbstractMesh:
     """Check that every array is sharded by name over the same mesh, and return it."""
-    leaves = tree_flatten_with_path(tree)[0]
+    leaves = tree_flatten_with_path(params)[0]
     if not leaves:
         raise ValueError(
-            f"`{name}` must have an array, whose mesh is used, got {shown(tree)}; a "
+            f"`params` must have an array, whose mesh is used, got {shown(params)}; a "
             "state without parameters needs no shardings"
         )
     for path, leaf in leaves:
         sharding, first = _sharding_of(leaf), _sharding_of(leaves[0][1])
         if not isinstance(sharding, NamedSharding):
             remedy = (
-                f"jax.device_put({name}, NamedSharding(mesh, PartitionSpec())) "
+                "jax.device_put(params, NamedSharding(mesh, PartitionSpec())) "
                 "replicates them"
             )
             if isinstance(leaf, Tracer):
@@ -182,58 +208,27 @@ def _on_one_mesh(name: str, tree: Any) -> Mesh | AbstractMesh:
             elif isinstance(leaf, jax.ShapeDtypeStruct):
                 remedy = "give it one as sharding="
             raise ValueError(
-                f"`{name}` must have a NamedSharding each, got "
+                "`params` must have a NamedSharding each, got "
                 f"{short(str(sharding or kind_of(leaf)))} at {at(path)}; {remedy}"
             )
         if sharding.mesh != first.mesh:
             raise ValueError(
-                f"`{name}` must be on one mesh, got {_mesh(first.mesh)} at "
+                f"`params` must be on one mesh, got {_mesh(first.mesh)} at "
                 f"{at(leaves[0][0])} and {_mesh(sharding.mesh)} at {at(path)}; "
                 "jax.device_put moves them"
             )
     return first.mesh
 
 
-def _axis_of(name: str, value: Any, mesh: Mesh | AbstractMesh) -> None:
+def _check_axis(zero1: Any, mesh: Mesh | AbstractMesh) -> None:
     """Check the name of an axis of a mesh."""
     names = [shown(axis) for axis in mesh.axis_names]
-    if shown(value) not in names:  # an array would compare itself by elements
+    if shown(zero1) not in names:  # an array would compare itself by elements
         axes = some(names, " or ") or "which has none"
         raise ValueError(
-            f"`{name}` must be an axis of the mesh, {axes}, got {shown(value)}; name "
+            f"`zero1` must be an axis of the mesh, {axes}, got {shown(zero1)}; name "
             "the one over which the batch is partitioned"
         )
-
-
-def _sharded_as(name: str, tree: Any, like: str, shardings: Any) -> None:
-    """Check that arrays lie where a tree of shardings puts them."""
-    structure: Any
-    leaves, structure = tree_flatten_with_path(tree)
-    expected, expected_structure = tree_flatten_with_path(shardings)
-    if structure != expected_structure:
-        problems = other_paths(dict(leaves), dict(expected))
-        raise ValueError(
-            f"`{name}` must have the structure of `{like}`: "
-            + "; ".join(problems or [trees(structure, expected_structure)])
-            + "; make both with the same transformation and parameters"
-        )
-    for (path, leaf), (_, sharding) in zip(leaves, expected, strict=True):
-        if not isinstance(sharding, Sharding) or _is_abstract(sharding):
-            raise TypeError(
-                f"`{like}` must be jax.sharding.Sharding on devices, got "
-                f"{shown(sharding)} at {at(path)}; NamedSharding(mesh, spec) makes "
-                "one of a spec"
-            )
-        got = _sharding_of(leaf)
-        if got is None or not _in_one_place(got, sharding, np.ndim(leaf)):
-            remedy = f"jax.device_put({name}, {like}) moves it"
-            if isinstance(leaf, Tracer):
-                remedy = "call this outside of jax.jit"
-            raise ValueError(
-                f"`{name}` must be sharded as in `{like}`, got "
-                f"{_place(got) if got else kind_of(leaf)} at {at(path)}, expected "
-                f"{_place(sharding)}; {remedy}"
-            )
 
 
 def _is_abstract(sharding: Any) -> bool:

@@ -122,7 +122,7 @@ def compress_state(
             f"`tx` must be an optax.GradientTransformation, got {shown(tx)}; "
             "of optax.MultiSteps pass its gradient_transformation()"
         )
-    dtype = _storage_dtype("dtype", dtype)
+    dtype = _storage_dtype(dtype)
     seed = _errors.integer("seed", seed, high=2**32)
     min_size = _errors.integer("min_size", min_size)
     tx = optax.with_extra_args_support(tx)
@@ -146,7 +146,7 @@ def compress_state(
             of_parameter = shape in shapes and shape != ()
             if not of_parameter or size == 0 or size < min_size:
                 return None
-            _check_compressible("tx", x, path)
+            _check_compressible(x, path)
             floating = jnp.issubdtype(x.dtype, jnp.floating)
             saves = x.dtype.itemsize > dtype.itemsize
             return jnp.zeros([], x.dtype) if floating and saves else None
@@ -171,7 +171,7 @@ def compress_state(
         leaves, compressed = jax.tree.leaves(state.inner), len(jax.tree.leaves(dtypes))
         whole = len(dtypes) == len(leaves)
         for path, x in _selected(state.inner, dtypes) if whole else ():
-            _check_stored("state", x, dtype, path)
+            _check_stored(x, dtype, path)
         formats = state.formats if compressed and state.formats is not None else ()
         is_vector = lambda x: not isinstance(x, tuple | list)  # noqa: E731
         given = [np.shape(x) for x in jax.tree.leaves(formats, is_leaf=is_vector)]
@@ -242,12 +242,12 @@ def decompress_state(state: optax.OptState) -> optax.OptState:
     return jax.tree.map(part, state, is_leaf=_is_compressed)
 
 
-def _storage_dtype(name: str, dtype: Any) -> np.dtype:
+def _storage_dtype(dtype: Any) -> np.dtype:
     """Check the dtype in which to keep a state: bfloat16 or uint8."""
     given = _errors.as_dtype(dtype)
     if given is None:
         raise ValueError(
-            f"`{name}` must be bfloat16 or uint8, got {shown(dtype)}; pass jnp.uint8"
+            f"`dtype` must be bfloat16 or uint8, got {shown(dtype)}; pass jnp.uint8"
         )
     if given not in (jnp.bfloat16, jnp.uint8):
         why = "it saves nothing: leave compress_state out"
@@ -256,22 +256,22 @@ def _storage_dtype(name: str, dtype: Any) -> np.dtype:
         elif given.itemsize == 2:
             why = "bfloat16 has the range of float32 in the same bytes"
         raise ValueError(
-            f"`{name}` must be bfloat16 or uint8, got {short(str(given))}; {why}"
+            f"`dtype` must be bfloat16 or uint8, got {short(str(given))}; {why}"
         )
     return given
 
 
-def _check_stored(name: str, leaf: Any, dtype: np.dtype, path: Any) -> None:
+def _check_stored(leaf: Any, dtype: np.dtype, path: Any) -> None:
     """Check the dtype in which an array of a state has been kept."""
     given = _errors.dtype_of(leaf)
     if given != dtype:
         raise ValueError(
-            f"`{name}` must be compressed to {dtype}, got {given or kind_of(leaf)} at "
+            f"`state` must be compressed to {dtype}, got {given or kind_of(leaf)} at "
             f"{at(path)}; use the dtype with which it was made, or call init again"
         )
 
 
-def _check_compressible(name: str, leaf: Any, path: Any) -> None:
+def _check_compressible(leaf: Any, path: Any) -> None:
     """Check that a large array of a state has numbers in the range of float32."""
     dtype = jnp.result_type(leaf)
     why = ""
@@ -284,7 +284,7 @@ def _check_compressible(name: str, leaf: Any, path: Any) -> None:
         )
     if why:
         raise ValueError(
-            f"`{name}` must keep floating-point numbers of at most 32 bits in a "
+            "`tx` must keep floating-point numbers of at most 32 bits in a "
             f"parameter's shape, got {dtype} at {at(path)}; {why}"
         )
 
