@@ -1,10 +1,10 @@
 """Real arithmetic that stays finite, and keeps finite derivatives, in every dtype.
 
 How XLA's CPU backend compiles these formulas decided their form (`benchmarks/step.py`
-measures it): `jnp.minimum`, `jnp.clip` and `lax.clamp` cost three times the whole step
-where a select is free; and a held gradient shared by the state and the update is
-written out to memory, which doubles the step. So each use holds large values for
-itself: `Moment` after squaring, `divide` before dividing.
+measures it). `jnp.minimum`, `jnp.clip` and `lax.clamp` cost three times the whole step,
+where a select is free. A clipped gradient that the state and the update share is
+written out to memory, which doubles the step. So each use clips for itself: `Moment`
+after squaring, `divide` before dividing.
 """
 
 import functools
@@ -25,14 +25,14 @@ def largest(dtype: DTypeLike) -> float:
 
 
 def clip(x: jax.Array, limit: float) -> jax.Array:
-    """Hold |x| at `limit`."""
+    """Clip x to [-limit, limit]. NaN stays."""
     return jnp.where(x > limit, limit, jnp.where(x < -limit, -limit, x))
 
 
 class Moment(NamedTuple):
-    """A second moment by its parts: decay * old + weight * x².
+    """A second moment by its parts: decay * old + min(weight * x², most).
 
-    The second product is held at `most`.
+    `divide` needs the parts for its derivatives.
     """
 
     decay: jax.Array
@@ -42,18 +42,18 @@ class Moment(NamedTuple):
     most: ArrayLike
 
     @property
-    def is_held(self) -> jax.Array:
+    def is_clipped(self) -> jax.Array:
         return self.weight * (self.x * self.x) > self.most
 
     @property
     def free_x(self) -> jax.Array:
         """x where the moment depends on it."""
-        return jnp.where(self.is_held, 0, self.x)
+        return jnp.where(self.is_clipped, 0, self.x)
 
     @property
     def value(self) -> jax.Array:
         increment = self.weight * (self.free_x * self.free_x)
-        return self.decay * self.old + jnp.where(self.is_held, self.most, increment)
+        return self.decay * self.old + jnp.where(self.is_clipped, self.most, increment)
 
 
 def divide(
@@ -63,7 +63,7 @@ def divide(
 
     A second epsilon (1e-35 in float32) keeps the root's derivative and the quotient
     finite at 0. It is lost in the rounding of every moment above 1e-27. The quotient is
-    held at 2¹⁰⁰ in float32 (1e30): momentum can add 2²⁵ of them without an overflow.
+    clipped at 2¹⁰⁰ in float32 (1e30): momentum can add 2²⁵ of them without an overflow.
     """
     g = clip(g, largest(g.dtype)) + 0 * g  # NaN where g is infinite
     return _quotient(eps_in_sqrt, g, moment, jnp.asarray(eps, g.dtype))
@@ -98,7 +98,7 @@ def _quotient(
 def _term(
     powers: Powers, eps_in_sqrt: bool, g: jax.Array, moment: Moment, eps: jax.Array
 ) -> jax.Array:
-    """A term, held within range, whose derivatives are held within it too.
+    """A clipped term, whose derivatives are clipped too.
 
     `lax.scan` forgets the rule below when it is differentiated in reverse mode, and
     then differentiates this body for second derivatives. So the body has the same
@@ -108,12 +108,12 @@ def _term(
     constants = jax.lax.stop_gradient(arguments)
     differences = jax.tree.map(jnp.subtract, arguments, constants)
 
-    def held(i: int, j: int, m: int, n: int) -> jax.Array:
+    def clipped(i: int, j: int, m: int, n: int) -> jax.Array:
         value = _value((i, j, m, n), eps_in_sqrt, constants)
         return clip(value, _room(value.dtype))
 
-    linear = _tangent(held, powers, eps_in_sqrt, constants, differences)
-    return held(*powers) + linear
+    linear = _tangent(clipped, powers, eps_in_sqrt, constants, differences)
+    return clipped(*powers) + linear
 
 
 @_quotient.defjvp
@@ -159,11 +159,11 @@ def _tangent(
     tangents: Arguments,
 ) -> jax.Array:
     (i, j, m, n), (_, moment, _), (dg, d, deps) = powers, arguments, tangents
-    held = moment.is_held
+    clipped = moment.is_clipped
     d_increment = d.weight * (moment.free_x * moment.free_x)
     d_moment = d.decay * moment.old + moment.decay * d.old
-    d_moment += jnp.where(held, d.most, d_increment)
-    dx = jnp.where(held, 0, d.x)
+    d_moment += jnp.where(clipped, d.most, d_increment)
+    dx = jnp.where(clipped, 0, d.x)
     by_root_x = (j + n) * term(i, j + 1, m, n + 1) + m * term(i, j + 1, m + 1, n)
     by_moment = (j + n) * term(i, j, m, n + 2) + m * term(i, j, m + 1, n + 1)
     tangent = -by_root_x * moment.weight * dx - by_moment * (d_moment / 2)
@@ -188,7 +188,7 @@ def accumulator_dtype_of(leaf: ArrayLike, real: DTypeLike | None = None) -> np.d
 
     A complex leaf has a complex average, its two parts in `real`.
     """
-    dtype = jnp.result_type(leaf)
+    dtype = _dtype_of(leaf)
     if real is None:
         info = jnp.finfo(dtype)
         real = info.dtype if info.bits >= 32 else jnp.float32
@@ -197,18 +197,24 @@ def accumulator_dtype_of(leaf: ArrayLike, real: DTypeLike | None = None) -> np.d
 
 
 def update_dtype_of(g: ArrayLike, p: ArrayLike | None = None) -> np.dtype:
-    """The dtype of an update: the gradient's, or one that holds the parameter's too."""
-    dtype = jnp.result_type(g)
-    if p is None or jnp.result_type(p) == dtype:
+    """The dtype of an update: the gradient's, or with the parameter's precision too."""
+    dtype = _dtype_of(g)
+    if p is None or _dtype_of(p) == dtype:
         return dtype
     return np.result_type(accumulator_dtype_of(g), accumulator_dtype_of(p))
+
+
+def _dtype_of(x: ArrayLike) -> np.dtype:
+    return x.dtype if isinstance(x, jax.Array) else jnp.result_type(x)
 
 
 def cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """Convert to `dtype`, to a complex one if x is complex.
 
-    Finite values are held within its range; infinity becomes NaN if it has less range.
+    Finite values are clipped to its range; infinity becomes NaN if it has less range.
     """
+    if isinstance(x, jax.Array) and x.dtype == dtype:
+        return x
     x = jnp.asarray(x)
     if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
         dtype = np.result_type(dtype, np.complex64)
@@ -220,26 +226,29 @@ def cast(x: ArrayLike, dtype: DTypeLike) -> jax.Array:
 
 
 def within_range(total: jax.Array, dtype: DTypeLike, *terms: jax.Array) -> jax.Array:
-    """Hold a sum within the range of `dtype`; it is NaN where a term is infinite."""
+    """Clip a sum to the range of `dtype`; it is NaN where a term is infinite."""
     limit = float(jnp.finfo(dtype).max)
 
-    def held(total: jax.Array, *terms: jax.Array) -> jax.Array:
+    def clipped(total: jax.Array, *terms: jax.Array) -> jax.Array:
         return clip(total, limit) + sum(0 * term.astype(total.dtype) for term in terms)
 
-    return by_parts(held, total, *terms)
+    return by_parts(clipped, total, *terms)
 
 
 def product(*factors: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
-    """Of numbers and schedules, which makes it a schedule."""
+    """Multiply numbers and schedules; the product with a schedule is a schedule."""
     if any(map(callable, factors)):
         return lambda count: math.prod(f(count) if callable(f) else f for f in factors)
     return math.prod(factors)
 
 
-def by_parts(formula: Callable[..., jax.Array], *leaves: Any) -> jax.Array:
-    """Apply a formula for real numbers; if complex, to either part by itself."""
+def by_parts(formula: Callable[..., Any], *leaves: Any) -> Any:
+    """Apply a formula for real numbers; if complex, to either part by itself.
+
+    It returns an array, or a tuple of them.
+    """
     if not jnp.iscomplexobj(leaves[0]):
         return formula(*leaves)
     real = formula(*(leaf.real for leaf in leaves))
     imag = formula(*(leaf.imag for leaf in leaves))
-    return jax.lax.complex(real, imag)
+    return jax.tree.map(jax.lax.complex, real, imag)

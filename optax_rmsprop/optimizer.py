@@ -13,6 +13,7 @@ from jax.tree_util import tree_flatten_with_path
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_rmsprop import _errors
+from optax_rmsprop._chain import checked, each_leaf, full_like
 from optax_rmsprop._errors import at, shown, trees
 from optax_rmsprop._numerics import (
     accumulator_dtype_of,
@@ -20,9 +21,8 @@ from optax_rmsprop._numerics import (
     cast,
     clip,
     product,
-    update_dtype_of,
 )
-from optax_rmsprop.transforms import scale_by_rms, scale_by_stddev
+from optax_rmsprop.transforms import rms, stddev
 
 
 class ScaledTraceState(optax.TraceState):
@@ -161,104 +161,37 @@ def rmsprop(
         "weight_decay", 0.0 if weight_decay is None else weight_decay
     )
     mask = _checked_mask(weight_decay_mask)
-    has_momentum, decays = (
-        not _errors.is_off(momentum),
-        not _errors.is_off(weight_decay),
-    )
+    has_momentum = not _errors.is_off(momentum)
     if nesterov and not has_momentum:
         raise ValueError("`nesterov` must be False without momentum, got True")
-    scale_by = scale_by_stddev if centered else scale_by_rms
-    rescale = scale_by(
-        decay,
-        eps,
-        initial_scale=initial_scale,
-        eps_in_sqrt=eps_in_sqrt,
-        bias_correction=bias_correction,
-        accumulator_dtype=accumulator_dtype,
+    average = stddev if centered else rms
+    rescale = average(
+        decay, eps, initial_scale, eps_in_sqrt, bias_correction, accumulator_dtype
     )
-
-    def chain(
-        mask: Callable[[optax.Params], Any] | None,
-    ) -> optax.GradientTransformationExtraArgs:
-        transforms = []
-        if maximize:
-            transforms.append(optax.scale(-1.0))
-        if decays and not decoupled_weight_decay:
-            transforms.append(_add_decayed_weights(weight_decay, mask))
-        transforms.append(rescale)
-        if lr_in_momentum:
-            transforms.append(
-                optax.scale_by_learning_rate(learning_rate, flip_sign=False)
-            )
-        if has_momentum:
-            trace = _trace_of_steps if lr_in_momentum else optax.trace
-            transforms.append(trace(momentum, nesterov))
-        if decays and decoupled_weight_decay:
-            rate = weight_decay
-            if lr_in_momentum:  # the learning rate has been applied already
-                rate = product(weight_decay, learning_rate)
-            transforms.append(_add_decayed_weights(rate, mask))
-        if lr_in_momentum:
-            transforms.append(optax.scale(-1.0))
-        else:
-            transforms.append(optax.scale_by_learning_rate(learning_rate))
-        return optax.chain(*transforms)
-
-    state_types: Any = None
-
-    def check(updates: optax.Updates, state: Any, params: optax.Params | None) -> None:
-        nonlocal state_types
-        if state_types is None:  # no array is made before the first update
-            any_mask = mask and (lambda tree: tree)
-            example = jax.eval_shape(chain(any_mask).init, ())
-            state_types = _errors.state_types(example)
-        _errors.same_state(state, state_types)
-        if decays and params is None:
-            raise ValueError(
-                "`params` must be given to update for weight_decay, got None; call "
-                "update(grads, state, params)"
-            )
-        _errors.belong(updates, params, state)
-
-    def wide(leaf: Any) -> jax.Array:
-        return cast(leaf, accumulator_dtype_of(leaf, accumulator_dtype))
-
-    def wide_slot(slot: jax.Array) -> jax.Array:
-        return wide(slot) if jnp.issubdtype(slot.dtype, jnp.inexact) else slot
-
-    def init_fn(params: optax.Params) -> optax.OptState:
-        return jax.tree.map(wide_slot, chain(mask).init(params))
-
-    # The chain runs in the dtype of its accumulators, between gradients of any dtype.
-    # The state keeps its structure and dtypes, whatever the gradients' dtypes are and
-    # where a gradient is None. By itself optax.trace would keep neither.
-    def update_fn(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        check(updates, state, params)
-        if params is not None:
-            # What has no gradient may be anything, and is not looked at.
-            params = _map(lambda g, p: None if g is None else p, updates, params)
-        # optax would call the mask with the gradients, in the accumulators' dtype.
-        tx = chain(mask and (lambda _: mask(params)))
-        wide_updates, new_state = tx.update(
-            jax.tree.map(wide, updates), state, jax.tree.map(wide, params), **extra_args
-        )
-        new_state = _map(
-            lambda new, old: old if new is None else cast(new, jnp.result_type(old)),
-            new_state,
-            state,
-        )
-        trees = (updates,) if params is None else (updates, params)
-        new_updates = jax.tree.map(
-            lambda u, *leaves: cast(u, update_dtype_of(*leaves)), wide_updates, *trees
-        )
-        return new_updates, new_state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    decays = not _errors.is_off(weight_decay)
+    decay_weights = functools.partial(
+        _decay_weights, mask=mask, accumulator_dtype=accumulator_dtype
+    )
+    parts = []
+    if maximize:
+        parts.append(optax.scale(-1.0))
+    if decays and not decoupled_weight_decay:
+        parts.append(decay_weights(weight_decay))
+    parts.append(rescale)
+    if lr_in_momentum:
+        parts.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))
+    if has_momentum:
+        state_type = ScaledTraceState if lr_in_momentum else optax.TraceState
+        parts.append(_momentum(momentum, nesterov, state_type, accumulator_dtype))
+    if decays and decoupled_weight_decay:
+        # With lr_in_momentum, the learning rate has been applied already.
+        rate = product(weight_decay, learning_rate) if lr_in_momentum else weight_decay
+        parts.append(decay_weights(rate))
+    if lr_in_momentum:
+        parts.append(optax.scale(-1.0))
+    else:
+        parts.append(optax.scale_by_learning_rate(learning_rate))
+    return checked(optax.chain(*parts), needs_params="weight_decay" if decays else None)
 
 
 def _checked_mask(value: Any) -> Callable[[Any], Any] | None:
@@ -313,46 +246,81 @@ def _check_booleans(tree: Any, *, alone: bool = True, remedy: str = "") -> None:
             )
 
 
-def _trace_of_steps(
-    decay: ArrayLike, nesterov: bool
-) -> optax.GradientTransformationExtraArgs:
-    """`optax.trace` of updates that the learning rate has scaled."""
-    tx = optax.trace(decay, nesterov)
+def _momentum(
+    decay: ArrayLike,
+    nesterov: bool,
+    state_type: type[optax.TraceState],
+    accumulator_dtype: DTypeLike | None,
+) -> optax.GradientTransformation:
+    """`optax.trace`, as a part of a chain."""
 
-    def init_fn(params: optax.Params) -> ScaledTraceState:
-        return ScaledTraceState(*tx.init(params))
+    def init_fn(params: optax.Params) -> optax.TraceState:
+        return state_type(full_like(params, 0.0, accumulator_dtype))
 
     def update_fn(
-        updates: optax.Updates, state: optax.TraceState, params: Any = None, **_: Any
-    ) -> tuple[optax.Updates, ScaledTraceState]:
-        updates, new = tx.update(updates, state, params)
-        return updates, ScaledTraceState(*new)
+        updates: optax.Updates, state: optax.TraceState, params: Any = None
+    ) -> tuple[optax.Updates, optax.TraceState]:
+        leaf = functools.partial(_momentum_leaf, nesterov, decay)
+        updates, trace = each_leaf(leaf, updates, state.trace)
+        return updates, state_type(trace)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _add_decayed_weights(
-    rate: optax.ScalarOrSchedule, mask: Callable[[optax.Params], Any] | None
+@functools.partial(jax.jit, static_argnums=0)
+def _momentum_leaf(
+    nesterov: bool, decay: ArrayLike, u: jax.Array, b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    decay = jnp.asarray(decay, b.real.dtype)
+    b = u + decay * b
+    return u + decay * b if nesterov else b, b
+
+
+def _decay_weights(
+    rate: optax.ScalarOrSchedule,
+    mask: Callable[[optax.Params], Any] | None,
+    accumulator_dtype: DTypeLike | None,
 ) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights` whose sums of finite numbers are finite."""
+    """`optax.add_decayed_weights`, as a part of a chain, whose sums are finite."""
     tx = optax.add_decayed_weights(rate)
 
-    def held(total: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
-        within = clip(total, float(jnp.finfo(total.dtype).max))
-        return jnp.where(jnp.isfinite(g) & jnp.isfinite(p), within, total)
+    def to_accumulator(x: jax.Array, p: jax.Array) -> jax.Array:
+        return cast(x, accumulator_dtype_of(p, accumulator_dtype))
 
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params
     ) -> tuple[optax.Updates, optax.OptState]:
+        updates, params = (
+            jax.tree.map(to_accumulator, tree, params) for tree in (updates, params)
+        )
         sums, state = tx.update(updates, state, params)
-        return jax.tree.map(
-            functools.partial(by_parts, held), sums, updates, params
-        ), state
+        return jax.tree.map(_clip_sum, sums, updates, params), state
 
-    tx_held = optax.GradientTransformation(tx.init, update_fn)
-    return tx_held if mask is None else optax.masked(tx_held, mask)
+    unmasked = optax.GradientTransformation(tx.init, update_fn)
+    if mask is None:
+        return unmasked
+
+    # optax.masked would call the mask with gradients. Here it gets the parameters.
+
+    def masked_init_fn(params: optax.Params) -> optax.OptState:
+        # The empty tree is that of `checked`, which wants to know the state's types.
+        given = mask(params) if jax.tree.leaves(params) else True
+        return optax.masked(unmasked, given).init(params)
+
+    def masked_update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return optax.masked(unmasked, mask(params)).update(updates, state, params)
+
+    return optax.GradientTransformation(masked_init_fn, masked_update_fn)
 
 
-def _map(function: Callable[..., Any], *trees: Any) -> Any:
-    """`jax.tree.map`, where the first tree may have None for any leaf or tree."""
-    return jax.tree.map(function, *trees, is_leaf=lambda x: x is None)
+@jax.jit
+def _clip_sum(total: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
+    """Clip a sum of finite numbers within the range of its dtype."""
+
+    def clipped(total: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
+        within = clip(total, float(jnp.finfo(total.dtype).max))
+        return jnp.where(jnp.isfinite(g) & jnp.isfinite(p), within, total)
+
+    return by_parts(clipped, total, g, p)

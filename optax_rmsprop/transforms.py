@@ -6,15 +6,14 @@ Where these differ from torch, optax, Keras and TensorFlow:
    mean: the same number in exact arithmetic, but it rounds below zero, and its root to
    NaN, once the gradient hardly changes.
 2. Averages are kept in at least float32, for float16 and bfloat16 parameters too.
-3. A gradient beyond half the root of the largest finite number (9e18 in float32) is
-   held there, so that its square is finite and its step keeps its bound.
+3. A gradient is clipped at half the root of the largest finite number (9e18 in
+   float32), so that its square is finite and its step keeps its bound.
 4. 0/0 is 0, also with eps=0. Its derivatives are finite, and the same in both modes.
 5. Bias correction is a schedule of the decay, not a division of the state.
 6. Real and imaginary parts are separate numbers (as in torch; optax averages |g|²).
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,21 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_rmsprop import _errors
+from optax_rmsprop._chain import checked, each_leaf, full_like
 from optax_rmsprop._errors import shown
-from optax_rmsprop._numerics import (
-    Moment,
-    accumulator_dtype_of,
-    by_parts,
-    cast,
-    clip,
-    divide,
-    largest,
-    update_dtype_of,
-)
+from optax_rmsprop._numerics import Moment, by_parts, cast, clip, divide, largest
 
 
 class ScaleByRmsState(NamedTuple):
@@ -45,7 +35,7 @@ class ScaleByRmsState(NamedTuple):
     Attributes:
       count: int32 scalar, the number of updates made (torch's `step`).
       nu: average of g², with the structure and shapes of the parameters (torch's
-        `square_avg`). A complex leaf holds the average of its real part's square and,
+        `square_avg`). A complex leaf is the average of its real part's square and,
         as imaginary part, that of its imaginary part's square.
     """
 
@@ -67,29 +57,6 @@ class ScaleByStddevState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
     mu: optax.Updates
     var: optax.Updates
-
-
-# The recurrences, with d = decay and a = 1 - decay. Each new value is made of its own
-# old value and of NEW values of other slots only: with g - mu_old in both mean and
-# variance, as textbooks have it, XLA on CPU copies whole arrays and the step takes 2.2
-# times as long.
-
-
-def _next_nu(d: jax.Array, a: jax.Array, g: jax.Array, nu: jax.Array) -> Moment:
-    return Moment(d, nu, a, g, a * largest(g.dtype) ** 2)
-
-
-def _next_mu(d: jax.Array, a: jax.Array, g: jax.Array, mu: jax.Array) -> jax.Array:
-    # Holding g instead of a*g would share an expression with the update: see _numerics.
-    return d * mu + clip(a * g, largest(g.dtype))
-
-
-def _next_var(
-    d: jax.Array, a: jax.Array, g: jax.Array, var: jax.Array, mu: jax.Array
-) -> Moment:
-    # d is 0 in the first bias-corrected update, when mu = g and the variance is 0.
-    above_0 = jnp.where(d > jnp.finfo(d.dtype).tiny, d, 1)
-    return Moment(d, var, a / above_0, g - mu, a * largest(g.dtype) ** 2)
 
 
 @_errors.knows_foreign_names
@@ -154,30 +121,10 @@ def scale_by_rms(
       Hinton, Neural Networks for Machine Learning, lecture 6e, 2012.
       torch/optim/rmsprop.py (2.13.0), `_single_tensor_rmsprop`.
     """
-    decay = _errors.number("decay", decay, high=1, hint=" (torch calls it alpha)")
-    eps, initial_scale = _check_shared(
-        eps, initial_scale, eps_in_sqrt, bias_correction, accumulator_dtype
+    inner = rms(
+        decay, eps, initial_scale, eps_in_sqrt, bias_correction, accumulator_dtype
     )
-
-    def init_fn(params: optax.Params) -> ScaleByRmsState:
-        nu = _average_like(params, initial_scale, accumulator_dtype)
-        return ScaleByRmsState(jnp.zeros([], jnp.int32), nu)
-
-    def update_fn(
-        updates: optax.Updates, state: ScaleByRmsState, params: Any = None
-    ) -> tuple[optax.Updates, ScaleByRmsState]:
-        _errors.same_state(state, ScaleByRmsState)
-        _errors.belong(updates, params, state)
-        _errors.not_negative("state", state.nu, (GetAttrKey("nu"),), wait=False)
-        count = optax.safe_increment(state.count)
-        weights = _averaging_weights(decay, count, bias_correction)
-        nu = _advance(_next_nu, weights, updates, state.nu)
-        updates = _rescale(
-            _next_nu, weights, eps, eps_in_sqrt, params, updates, state.nu
-        )
-        return updates, ScaleByRmsState(count, nu)
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return checked(inner)
 
 
 @_errors.knows_foreign_names
@@ -240,6 +187,51 @@ def scale_by_stddev(
       arXiv:1308.0850.
       torch/optim/rmsprop.py (2.13.0), `_single_tensor_rmsprop`.
     """
+    inner = stddev(
+        decay, eps, initial_scale, eps_in_sqrt, bias_correction, accumulator_dtype
+    )
+    return checked(inner)
+
+
+def rms(
+    decay: ArrayLike,
+    eps: ArrayLike,
+    initial_scale: ArrayLike,
+    eps_in_sqrt: bool,
+    bias_correction: bool,
+    accumulator_dtype: DTypeLike | None,
+) -> optax.GradientTransformation:
+    """`scale_by_rms` as a part of a chain, for `checked`."""
+    decay = _errors.number("decay", decay, high=1, hint=" (torch calls it alpha)")
+    eps, initial_scale = _check_shared(
+        eps, initial_scale, eps_in_sqrt, bias_correction, accumulator_dtype
+    )
+
+    def init_fn(params: optax.Params) -> ScaleByRmsState:
+        nu = full_like(params, initial_scale, accumulator_dtype)
+        return ScaleByRmsState(jnp.zeros([], jnp.int32), nu)
+
+    def update_fn(
+        updates: optax.Updates, state: ScaleByRmsState, params: Any = None
+    ) -> tuple[optax.Updates, ScaleByRmsState]:
+        count = optax.safe_increment(state.count)
+        d, a = _averaging_weights(decay, count, bias_correction)
+        leaf = functools.partial(_rms_leaf, eps_in_sqrt, d, a, eps)
+        updates, nu = each_leaf(leaf, updates, state.nu)
+        return updates, ScaleByRmsState(count, nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def stddev(
+    decay: ArrayLike,
+    eps: ArrayLike,
+    initial_scale: ArrayLike,
+    eps_in_sqrt: bool,
+    bias_correction: bool,
+    accumulator_dtype: DTypeLike | None,
+) -> optax.GradientTransformation:
+    """`scale_by_stddev` as a part of a chain, for `checked`."""
     why = " (torch calls it alpha); at 0 the mean is the gradient and the variance 0"
     decay = _errors.number("decay", decay, high=1, zero=False, hint=why)
     eps, initial_scale = _check_shared(
@@ -247,26 +239,69 @@ def scale_by_stddev(
     )
 
     def init_fn(params: optax.Params) -> ScaleByStddevState:
-        mu = _average_like(params, 0.0, accumulator_dtype)
-        var = _average_like(params, initial_scale, accumulator_dtype)
+        mu = full_like(params, 0.0, accumulator_dtype)
+        var = full_like(params, initial_scale, accumulator_dtype)
         return ScaleByStddevState(jnp.zeros([], jnp.int32), mu, var)
 
     def update_fn(
         updates: optax.Updates, state: ScaleByStddevState, params: Any = None
     ) -> tuple[optax.Updates, ScaleByStddevState]:
-        _errors.same_state(state, ScaleByStddevState)
-        _errors.belong(updates, params, state)
-        _errors.not_negative("state", state.var, (GetAttrKey("var"),), wait=False)
         count = optax.safe_increment(state.count)
-        weights = _averaging_weights(decay, count, bias_correction)
-        mu = _advance(_next_mu, weights, updates, state.mu)
-        var = _advance(_next_var, weights, updates, state.var, mu)
-        updates = _rescale(
-            _next_var, weights, eps, eps_in_sqrt, params, updates, state.var, mu
-        )
+        d, a = _averaging_weights(decay, count, bias_correction)
+        leaf = functools.partial(_stddev_leaf, eps_in_sqrt, d, a, eps)
+        updates, mu, var = each_leaf(leaf, updates, state.mu, state.var)
         return updates, ScaleByStddevState(count, mu, var)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+# The update of a leaf is one compiled function. Where the whole update is not compiled,
+# it is one call in place of a dozen. Where it is, all leaves of a shape share a trace,
+# and XLA inlines it. d and a are the weights of the old average and of the new value.
+#
+# A new average is made of its own old value and of the NEW values of other slots only.
+# With g - mu_old in both mean and variance, as textbooks have it, XLA on CPU copies
+# whole arrays, and the step takes 2.2 times as long.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rms_leaf(
+    eps_in_sqrt: bool,
+    d: ArrayLike,
+    a: ArrayLike,
+    eps: ArrayLike,
+    g: jax.Array,
+    nu: jax.Array,
+) -> tuple[jax.Array, ...]:
+    def update(g: jax.Array, nu: jax.Array) -> tuple[jax.Array, ...]:
+        decay, weight = jnp.asarray(d, g.dtype), jnp.asarray(a, g.dtype)
+        new_nu = Moment(decay, nu, weight, g, weight * largest(g.dtype) ** 2)
+        return divide(g, new_nu, eps, eps_in_sqrt), new_nu.value
+
+    return by_parts(update, cast(g, nu.dtype), nu)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _stddev_leaf(
+    eps_in_sqrt: bool,
+    d: ArrayLike,
+    a: ArrayLike,
+    eps: ArrayLike,
+    g: jax.Array,
+    mu: jax.Array,
+    var: jax.Array,
+) -> tuple[jax.Array, ...]:
+    def update(g: jax.Array, mu: jax.Array, var: jax.Array) -> tuple[jax.Array, ...]:
+        decay, weight = jnp.asarray(d, g.dtype), jnp.asarray(a, g.dtype)
+        # Clipping g itself would share an expression with `divide`: see _numerics.
+        mu = decay * mu + clip(weight * g, largest(g.dtype))
+        # decay is 0 in the first bias-corrected update: then mu = g, and var is 0.
+        above_0 = jnp.where(decay > jnp.finfo(g.dtype).tiny, decay, 1)
+        most = weight * largest(g.dtype) ** 2
+        new_var = Moment(decay, var, weight / above_0, g - mu, most)
+        return divide(g, new_var, eps, eps_in_sqrt), mu, new_var.value
+
+    return by_parts(update, cast(g, mu.dtype), mu, var)
 
 
 def _check_shared(
@@ -311,118 +346,24 @@ def _check_accumulator_dtype(dtype: Any) -> None:
         )
 
 
-def _average_like(
-    params: optax.Params, value: ArrayLike, accumulator_dtype: DTypeLike | None
-) -> optax.Updates:
-    _errors.params(params)
-
-    def leaf(p: Any) -> jax.Array:
-        dtype = accumulator_dtype_of(p, accumulator_dtype)
-        both_parts = 1 + 1j if jnp.issubdtype(dtype, jnp.complexfloating) else 1
-        return jnp.full_like(p, value * both_parts, dtype)
-
-    return jax.tree.map(leaf, params)
-
-
 def _averaging_weights(
     decay: ArrayLike, count: jax.Array, bias_correction: bool
 ) -> tuple[ArrayLike, ArrayLike]:
     """The weights (d, a) of the old average and of the new value at update `count`.
 
-    They are decay and 1 - decay, the latter formed before it is rounded to the state's
-    dtype: 1 - float32(0.999) is off by 1e-5. Bias correction at update t makes them
-    a = (1 - decay)/(1 - decayᵗ) and d = 1 - a, without the digits that 1 - decayᵗ would
-    cancel.
+    They are decay and 1 - decay. The latter is formed before it is rounded to the
+    state's dtype: 1 - float32(0.999) is off by 5e-5. With bias correction they are
+    a = (1 - decay)/(1 - decayᵗ) and d = 1 - a at update t, and expm1 avoids the
+    cancellation in 1 - decayᵗ.
     """
     a = 1 - decay
     if not bias_correction:
         return decay, a
-    wide = jax.dtypes.canonicalize_dtype(jnp.float64)
-    decay, a, t = (jnp.asarray(x, wide) for x in (decay, a, count))
-    below_1 = 1 - float(jnp.finfo(wide).eps)  # where log(decay) is finite at decay = 0
+    dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+    a, t = jnp.asarray(a, dtype), jnp.asarray(count, dtype)
+    below_1 = 1 - float(jnp.finfo(dtype).eps)  # log(decay) is finite at decay = 0 too
     log_decay = jnp.log1p(-jnp.where(a < below_1, a, below_1))
     # Exactly 1 - decay at first, so that the first mean is the gradient.
     total = jnp.where(t == 1, a, -jnp.expm1(t * log_decay))
     a = a / total
     return 1 - a, a
-
-
-def _advance(
-    recurrence: Callable[..., jax.Array | Moment],
-    weights: tuple[ArrayLike, ArrayLike],
-    updates: optax.Updates,
-    *slots: optax.Updates,
-) -> optax.Updates:
-    """Apply a recurrence to every leaf of its slot; one without gradient stays."""
-
-    def leaf(g: Any, *slots: jax.Array) -> jax.Array:
-        return slots[0] if g is None else _advance_leaf(recurrence, weights, g, *slots)
-
-    return jax.tree.map(leaf, updates, *slots, is_leaf=lambda x: x is None)
-
-
-def _rescale(
-    recurrence: Callable[..., Moment],
-    weights: tuple[ArrayLike, ArrayLike],
-    eps: ArrayLike,
-    eps_in_sqrt: bool,
-    params: optax.Params | None,
-    updates: optax.Updates,
-    *slots: optax.Updates,
-) -> optax.Updates:
-    """Divide every gradient by its denominator.
-
-    The moment is given by its parts, which its derivatives need; where the whole update
-    is compiled, it is computed once.
-    """
-
-    def leaf(g: Any, *slots: jax.Array, p: Any = None) -> jax.Array | None:
-        if g is None:
-            return None
-        dtype = update_dtype_of(g, p)
-        return _rescale_leaf(recurrence, eps_in_sqrt, dtype, weights, eps, g, *slots)
-
-    is_leaf = lambda x: x is None  # noqa: E731
-    if params is None:
-        return jax.tree.map(leaf, updates, *slots, is_leaf=is_leaf)
-    with_p = lambda g, p, *slots: leaf(g, *slots, p=p)  # noqa: E731
-    return jax.tree.map(with_p, updates, params, *slots, is_leaf=is_leaf)
-
-
-# Compiled by themselves where update is not: one call a leaf instead of a dozen. Under
-# an outer jit they are inlined, traced once for all leaves of a shape.
-
-
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _advance_leaf(
-    recurrence: Callable[..., jax.Array | Moment],
-    weights: tuple[ArrayLike, ArrayLike],
-    g: jax.Array,
-    *slots: jax.Array,
-) -> jax.Array:
-    def advanced(*leaves: jax.Array) -> jax.Array:
-        new = recurrence(*_of_dtype(weights, leaves[0]), *leaves)
-        return new.value if isinstance(new, Moment) else new
-
-    return by_parts(advanced, cast(g, slots[0].dtype), *slots)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _rescale_leaf(
-    recurrence: Callable[..., Moment],
-    eps_in_sqrt: bool,
-    dtype: DTypeLike,
-    weights: tuple[ArrayLike, ArrayLike],
-    eps: ArrayLike,
-    g: jax.Array,
-    *slots: jax.Array,
-) -> jax.Array:
-    def quotient(*leaves: jax.Array) -> jax.Array:
-        moment = recurrence(*_of_dtype(weights, leaves[0]), *leaves)
-        return divide(leaves[0], moment, eps, eps_in_sqrt)
-
-    return cast(by_parts(quotient, cast(g, slots[0].dtype), *slots), dtype)
-
-
-def _of_dtype(weights: tuple[ArrayLike, ArrayLike], x: jax.Array) -> list[jax.Array]:
-    return [jnp.asarray(weight, x.dtype) for weight in weights]

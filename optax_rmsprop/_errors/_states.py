@@ -11,7 +11,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import GetAttrKey, SequenceKey, tree_flatten_with_path
 
-from optax_rmsprop._errors._arguments import dtype_of, inexact
+from optax_rmsprop._errors._arguments import (
+    _has_sign_and_zero,
+    dtype_of,
+    inexact,
+)
 from optax_rmsprop._errors._texts import at, kind_of, short, shown, some, trees
 
 
@@ -68,10 +72,55 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
 
 def belong(updates: Any, params: Any, state: Any) -> None:
     """Check that gradients, parameters (unless None) and a state belong together."""
-    for slot in held("state", state, params):
-        same_tree("updates", updates, "the parameters given to init", slot)
-    if params is not None:
-        same_tree("updates", updates, "`params`", params)
+    fields = list(_fields(state))
+    for path, field, value in fields:
+        if field == "count":
+            count("state", value, at(path))
+    slots = [value for _, field, value in fields if field != "count"]
+    if not _plainly_belong(updates, params, slots):
+        held("state", state, params)
+        for slot in slots:
+            same_tree("updates", updates, "the parameters given to init", slot)
+        if params is not None:
+            same_tree("updates", updates, "`params`", params)
+    for path, field, value in fields:
+        if field in SQUARES:
+            not_negative("state", value, path, wait=False)
+
+
+SQUARES = "nu", "var"
+
+
+def _plainly_belong(updates: Any, params: Any, slots: list[Any]) -> bool:
+    """Whether all trees have one structure, and arrays that belong together.
+
+    This is the quick way, which each correct update without None takes. It is False
+    also where only a closer look can tell.
+    """
+    trees = [updates, *slots] if params is None else [updates, *slots, params]
+    columns, structures = zip(*map(jax.tree.flatten, trees), strict=True)
+    if any(structure != structures[0] for structure in structures):
+        return False
+    for row in zip(*columns, strict=True):
+        if not all(isinstance(leaf, jax.Array) for leaf in row):
+            return False
+        if any(leaf.shape != row[0].shape for leaf in row):
+            return False
+        of_param = None if params is None else row[-1].dtype
+        if not _plain_dtypes(tuple(leaf.dtype for leaf in row), len(slots), of_param):
+            return False
+    return True
+
+
+@functools.cache
+def _plain_dtypes(dtypes: tuple[Any, ...], n_slots: int, of_param: Any) -> bool:
+    """Whether a gradient, `n_slots` slots and a parameter may have these dtypes."""
+    return (
+        all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
+        and all(map(_has_sign_and_zero, dtypes))
+        and all(_keeps(dtype, of_param) for dtype in dtypes[1 : 1 + n_slots])
+        and len({jnp.issubdtype(d, jnp.complexfloating) for d in dtypes}) == 1
+    )
 
 
 def held(name: str, state: Any, params: Any = None) -> list[Any]:
@@ -156,6 +205,8 @@ def not_negative(name: str, tree: Any, path: Any = (), *, wait: bool = True) -> 
 
     Those still computed are left out unless `wait`.
     """
+    if all(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
+        return
     for rest, leaf in tree_flatten_with_path(tree)[0]:
         if isinstance(leaf, Tracer) or not (wait or _is_ready(leaf)):
             continue

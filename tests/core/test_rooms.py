@@ -18,6 +18,7 @@ ROOMS = [
     "wrappers",
     "optimizer",
     "transforms",
+    "_chain",
     "_numerics",
     "_errors",
 ]
