@@ -25,17 +25,23 @@ def params(tree: Any) -> None:
 
 
 def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
-    """Check that two trees agree in structure, shapes and in what is real.
+    """Check that a tree has the structure and shapes of an expected tree.
 
-    A given leaf may be real where a complex one is expected, or None: then anything may
-    be expected there, a whole tree too.
+    A given leaf may be real where a complex one is expected, but not the reverse. It
+    may be None, and stands then for any leaf or tree. An example:
+
+        given                          expected
+        {"w": x, "b": None}            {"w": p, "b": {"scale": q, "shift": r}}
+
+    passes if x and p have the same shape.
     """
     given_leaves, given_tree = _by_path(given)
     leaves, tree = _by_path(expected)
     found = {path: leaf for path, leaf in given_leaves.items() if leaf is not None}
-    # None in place of the whole tree is no gradient left out, but all forgotten.
+    # The paths of None. A whole tree that is None is an error: it was left out.
     absent = given_leaves.keys() - found.keys() - {()}
     if absent:
+        # Leaves that are expected at or below the path of a None need not be found.
         prefixes = {path: {path[:i] for i in range(len(path) + 1)} for path in leaves}
         leaves = {path: leaves[path] for path in leaves if not prefixes[path] & absent}
         absent -= set().union(*prefixes.values())
@@ -43,17 +49,17 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
     for path, leaf in found.items():
         if path not in leaves:
             continue
-        of_leaf = leaves[path]
-        dtype = dtype_of(of_leaf)
+        wanted = leaves[path]
+        dtype = dtype_of(wanted)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-            beside = kind_of(of_leaf) if dtype is None else dtype
+            beside = kind_of(wanted) if dtype is None else dtype
             problems.append(f"{at(path)} is an array, expected None beside {beside}")
             continue
-        real = not jnp.iscomplexobj(of_leaf)
+        real = not jnp.iscomplexobj(wanted)
         inexact(name, leaf, path, remedy=f"compare with {like}", real=real)
-        if np.shape(leaf) != np.shape(of_leaf):
+        if np.shape(leaf) != np.shape(wanted):
             problems.append(
-                f"{at(path)} has shape {np.shape(leaf)}, expected {np.shape(of_leaf)}"
+                f"{at(path)} has shape {np.shape(leaf)}, expected {np.shape(wanted)}"
             )
     problems += other_paths(found, leaves)
     if not problems and not fits(given_tree, expected):
@@ -67,16 +73,19 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
 
 
 def belong(updates: Any, params: Any, state: Any) -> None:
-    """Check that gradients, parameters (unless None) and a state belong together."""
-    for slot in held("state", state, params):
+    """Check that gradients have the trees of a state's slots and of the parameters."""
+    for slot in checked_slots("state", state, params):
         same_tree("updates", updates, "the parameters given to init", slot)
     if params is not None:
         same_tree("updates", updates, "`params`", params)
 
 
-def held(name: str, state: Any, params: Any = None) -> list[Any]:
-    """Check counts and dtypes in a state of ours; return its averages and traces."""
-    of_params = dict(tree_flatten_with_path(params)[0])
+def checked_slots(name: str, state: Any, params: Any = None) -> list[Any]:
+    """Return the trees of averages and traces in a state.
+
+    Their dtypes are checked, and the counts in the state.
+    """
+    parameters = dict(tree_flatten_with_path(params)[0])
     slots = []
     for start, field, value in _fields(state):
         if field == "count":
@@ -84,8 +93,8 @@ def held(name: str, state: Any, params: Any = None) -> list[Any]:
             continue
         slots.append(value)
         for path, leaf in tree_flatten_with_path(value)[0]:
-            dtype, of_param = dtype_of(leaf), dtype_of(of_params.get(path))
-            if not _keeps(dtype, of_param):
+            dtype, of_param = dtype_of(leaf), dtype_of(parameters.get(path))
+            if not _can_average(dtype, of_param):
                 beside = (
                     "" if of_param is None else f" beside a parameter in {of_param}"
                 )
@@ -99,15 +108,21 @@ def held(name: str, state: Any, params: Any = None) -> list[Any]:
 
 
 @functools.cache
-def _keeps(dtype: Any, of_param: Any) -> bool:
-    """Whether an average may have a dtype, beside a parameter of another."""
+def _can_average(dtype: Any, of_param: Any) -> bool:
+    """Whether `averages` is true, and the dtype has at least 32 bits.
+
+    A parameter that is no number, or of integers, does not restrict the dtype.
+    """
     if of_param is None or not jnp.issubdtype(of_param, jnp.inexact):
         of_param = dtype
     return averages(dtype, of_param) and jnp.finfo(dtype).bits >= 32
 
 
 def averages(dtype: Any, of_param: Any) -> bool:
-    """Whether a dtype is inexact, and complex if and only if a parameter's is."""
+    """Whether a slot may have a dtype beside a parameter in `of_param`.
+
+    It must be floating point or complex, and complex if and only if `of_param` is.
+    """
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
         return False
     kinds = {jnp.issubdtype(x, jnp.complexfloating) for x in (dtype, of_param)}
@@ -115,7 +130,7 @@ def averages(dtype: Any, of_param: Any) -> bool:
 
 
 def _fields(state: Any, start: Any = ()) -> Iterator[tuple[Any, str, Any]]:
-    """Path, name and value of each count and slot in a state of ours."""
+    """Yield path, name and value of each count and slot in a state, chains included."""
     names = getattr(state, "_fields", None)
     for i, value in enumerate(state if isinstance(state, tuple) else ()):
         path = (*start, GetAttrKey(names[i]) if names else SequenceKey(i))
@@ -126,9 +141,10 @@ def _fields(state: Any, start: Any = ()) -> Iterator[tuple[Any, str, Any]]:
 
 
 def count(name: str, value: Any, where: str = ".count", most: float = math.inf) -> None:
-    """Check a number of updates: an integer, and from 0 to `most` where it is known.
+    """Check a number of updates: one integer, from 0 to `most`.
 
-    It is not known while it is traced or still computed: that is not waited for.
+    Its value is checked only if it is known: a traced value never is, and one that a
+    device still computes is not waited for.
     """
     rule, dtype = f"`{name}` must count updates in one integer", dtype_of(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
@@ -152,16 +168,18 @@ _ANOTHER_COUNT = "call init again, or restore the state that the run had"
 
 
 def not_negative(name: str, tree: Any, path: Any = (), *, wait: bool = True) -> None:
-    """Check averages of squares unless they are traced. NaN may be in them.
+    """Check that averages of squares are not negative. They may contain NaN.
 
-    Those still computed are left out unless `wait`.
+    Traced arrays are not checked, nor, unless `wait`, arrays that a device still
+    computes.
     """
     for rest, leaf in tree_flatten_with_path(tree)[0]:
         if isinstance(leaf, Tracer) or not (wait or _is_ready(leaf)):
             continue
         if isinstance(leaf, jax.Array) and _is_on_one_cpu(leaf):
-            leaf = np.asarray(leaf)  # needs neither a copy nor a program to compile
-        is_numpy = isinstance(leaf, np.ndarray)  # may be too much for the device
+            leaf = np.asarray(leaf)  # needs neither a copy nor a compiled program
+        # A NumPy array may be too large for the device, so it stays in NumPy.
+        is_numpy = isinstance(leaf, np.ndarray)
         negative = (_has_negative if is_numpy else _jitted_has_negative)(leaf)
         if not isinstance(negative, Tracer) and negative:
             raise ValueError(
@@ -179,9 +197,9 @@ _jitted_has_negative = jax.jit(_has_negative)
 
 
 def _is_ready(value: Any) -> bool:
-    """Whether a value is known, and without waiting for a device.
+    """Whether a value is known without waiting for a device.
 
-    A variable of Flax NNX may hold a traced value: it is taken for unknown.
+    A variable of Flax NNX may contain a traced value, so it counts as unknown.
     """
     if isinstance(value, jax.Array) and not isinstance(value, Tracer):
         return value.is_ready()  # type: ignore[attr-defined]
@@ -194,7 +212,7 @@ def _is_on_one_cpu(array: jax.Array) -> bool:
 
 
 def same_state(state: Any, expected: Any) -> None:
-    """Check that a state is of the expected types, as from `state_types`."""
+    """Check that a state has the expected types, which `state_types` returned."""
     got = state_types(state)
     if got != expected:
         raise ValueError(
@@ -206,12 +224,12 @@ def same_state(state: Any, expected: Any) -> None:
 
 
 def state_types(state: Any) -> Any:
-    """The type of a state; of a chain's state, a tuple of those of its parts."""
+    """Return the type of a state; for a chain's state, a tuple of its parts' types."""
     return tuple(map(state_types, state)) if type(state) is tuple else type(state)
 
 
 def _names(types: Any) -> str:
-    """Types by their package, since optax has states of the same names."""
+    """Show types with their package, because optax has states of the same names."""
     if isinstance(types, tuple):
         return f"({', '.join(map(_names, types))})"
     package = types.__module__.partition(".")[0]
@@ -219,7 +237,7 @@ def _names(types: Any) -> str:
 
 
 def fits(structure: Any, tree: Any) -> bool:
-    """Whether a structure is that of a tree, or a prefix of it."""
+    """Whether a structure is the structure of a tree, or a prefix of it."""
     try:
         structure.flatten_up_to(tree)
     except ValueError:
@@ -228,7 +246,7 @@ def fits(structure: Any, tree: Any) -> bool:
 
 
 def other_paths(given: dict[Any, Any], expected: dict[Any, Any]) -> list[str]:
-    """What is missing, and what is unexpected, of leaves by their paths."""
+    """Describe which paths are missing, and which are unexpected."""
     missing = [at(path) for path in expected if path not in given]
     unexpected = [at(path) for path in given if path not in expected]
     found = {"missing": missing, "unexpected": unexpected}
