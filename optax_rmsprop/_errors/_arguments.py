@@ -70,6 +70,7 @@ def number(
     """
     rule = f"`{name}` must be a number in {'[' if zero else '('}0, {high:g})"
     if not is_real(value):
+        # optax.inject_hyperparams makes numbers complex if parameters are complex.
         if callable(value) and not isinstance(value, type):
             hint = "; to schedule it use optax.inject_hyperparams"
         elif hint != _SCHEDULED and isinstance(value, jax.Array):

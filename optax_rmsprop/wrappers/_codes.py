@@ -11,14 +11,14 @@ x itself: the larger a number is, the smaller is its relative rounding error. `e
 rounds k(x), up or down at random, so that the mean of the result is k(x).
 
 The power is not exact: it is computed from the bits of the float (`_power` below, after
-Blinn 1997), which makes k(x) a line between any two neighbouring levels. Rounding that
-is unbiased in k is therefore unbiased in x. With λ = 1/8 and e = 0, levels start so:
+Blinn 1997). This makes k(x) a straight line between neighbouring levels, so rounding
+that is unbiased in k is unbiased in x too. With λ = 1/8 and e = 0 the first levels are
 
     k     0   1   2   3    4    5    6    7     8     9    10    11     12
     x(k)  0   1   3   7   15   31   63  127   255   383   511   767   1023
 
-The number 5 lies halfway between 3 and 7. So k(5) = 2.5, and the level is 2 or 3, each
-with probability 1/2. The mean of what they stand for is 5 again.
+where exact powers would give x(2) = 4.96. The number 5 lies halfway between 3 and 7. So
+k(5) = 2.5, and 5 is stored as 3 or as 7, each with probability 1/2. The mean is 5.
 
 There are three kinds of codes. The kind and the exponent of each array are part of the
 state, and change from step to step without a new compilation:
@@ -31,12 +31,12 @@ state, and change from step to step without a new compilation:
 128 - k is the code of a negative number, and code 0 is NaN. NON_NEGATIVE has k = 0 for
 negative numbers alone: a second moment that was rounded to 0 would lengthen the step.
 
-A new array is UNKNOWN. Its levels are a factor of 2 apart, and cover almost all sizes.
-From the smallest and the largest code of a step, `next_format` finds the kind and the
-exponent for the next step, so that the numbers may grow by a factor of 4 or more. The
-format is thus a step late. It would take twice the time to look at the new numbers
-first, and to encode them in a second pass. A number beyond the range gets the last
-level.
+An array of zeros is UNKNOWN, because the size of its next numbers is not known. Levels
+of this kind are a factor of 2 apart, and cover almost all sizes. From the smallest and
+the largest code of a step, `next_format` finds the kind and the exponent for the next
+step, with room for numbers to grow by a factor of 4 or more. The format is thus a step
+late. To find the largest number first, and to encode in a second pass, would take twice
+the time. A number beyond the range gets the last level.
 
 The formulas have few operations because the TPU's compiler makes one loop of a step,
 which reads and writes every array once, only if they are few
@@ -161,14 +161,14 @@ def next_format(last: Format, lowest: jax.Array, highest: jax.Array) -> Format:
     """Return the format for the step after one whose extreme codes are given.
 
     An example: an array of 0 and 3 was encoded as UNKNOWN with e = -62. Its codes are
-    128, for 0, and 192, for k = 64. That level stands for 2² - 2⁻⁶², so its octave is
-    2. No code is below 128, so the next kind is NON_NEGATIVE, and its exponent is
-    2 + 5 - 40 = -33. The next codes are 2, since 0 becomes the smallest level, and 161,
-    for k = 160. That is the octave 1, from which the end of the range, 2⁻³³ * 2⁴⁰ = 2⁷,
-    is six octaves away. So the format stays.
+    128, for 0, and 192, for k = 64. `_power` gives 2² for that level: octave 2. No code
+    is below 128, so the next kind is NON_NEGATIVE, and its exponent 2 + 5 - 40 = -33.
+    With this format the codes are 2, since 0 becomes the smallest level, and 161, for
+    k = 160. That level is in octave 1. The end of the range, 2⁻³³ * 2⁴⁰ = 2⁷, is six
+    octaves further up, so the format stays.
     """
     above, below = highest - _code_of_0(last), _code_of_0(last) - lowest
-    # The largest level. Below the 1 of NON_NEGATIVE there are no negative levels.
+    # The largest level. NON_NEGATIVE has no negative ones, so `below` is none there.
     k = jnp.maximum(above, _by_kind(last.kind, below, 0, below))
     # NON_NEGATIVE has encoded negative numbers as 0. SIGNED stays as it is.
     negative = _by_kind(last.kind, below > 0, below == 0, True) > 0

@@ -50,7 +50,7 @@ class CompressedState(NamedTuple):
       count: int32 scalar, the number of updates made. With the seed, it determines all
         random bits.
       inner: the state of `tx`, in its own structure and shapes. The arrays that are
-        compressed hold uint8 codes or bfloat16 numbers.
+        compressed consist of uint8 codes or bfloat16 numbers.
       formats: for uint8 a tuple with the fields `current`, the format of the codes, and
         `next`, the format of the codes that the next update makes. Each has a `kind`
         and an `exponent`, vectors with an entry for each compressed array. None for
@@ -140,7 +140,7 @@ def compress_state(
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
             f"`tx` must be an optax.GradientTransformation, got {shown(tx)}; "
-            "of optax.MultiSteps pass its gradient_transformation()"
+            "for optax.MultiSteps pass its gradient_transformation()"
         )
     dtype = _storage_dtype(dtype)
     seed = _errors.integer("seed", seed, high=2**32)
@@ -245,7 +245,7 @@ def decompress_state(state: optax.OptState) -> optax.OptState:
 
 
 def _storage_dtype(dtype: Any) -> np.dtype:
-    """Check the dtype in which to keep a state: bfloat16 or uint8."""
+    """Return the dtype that a state is to be compressed to: bfloat16 or uint8."""
     given = _errors.as_dtype(dtype)
     if given is None:
         raise ValueError(

@@ -105,6 +105,21 @@ def test_the_next_numbers_know_the_kind_and_the_scale():
         np.testing.assert_allclose(decoded(*codes), x, atol=0.15)
 
 
+def test_the_worked_examples_of_the_module():
+    format = Format(jnp.int32(NON_NEGATIVE), jnp.int32(0))
+    levels = decode(jnp.arange(1, 14, dtype=jnp.uint8), format, jnp.dtype("float32"))
+    expected = [0, 1, 3, 7, 15, 31, 63, 127, 255, 383, 511, 767, 1023]
+    np.testing.assert_array_equal(levels, expected)
+    assert set(np.unique(encoded(jnp.full(MANY, 5.0), format, 0)[0])) == {3, 4}
+    assert first_format(jnp.float32(0), jnp.float32(3)) == (NON_NEGATIVE, -34)
+    x = jnp.array([0.0, 3.0])
+    unknown = Format(jnp.int32(UNKNOWN), jnp.int32(WINDOWS[0]))
+    codes, _, found = encoded(x, unknown, 0)
+    assert (codes.tolist(), found) == ([128, 192], (NON_NEGATIVE, -33))
+    codes, _, same = encoded(x, found, 0)
+    assert (codes.tolist(), same) == ([2, 161], found)
+
+
 # Per kind: where x is relative to the largest number, and the distance of its levels.
 DISTANCES = [
     ((1,), 0, 0.03, 0.07),
