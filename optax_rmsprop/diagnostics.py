@@ -20,10 +20,11 @@ class Diagnosis(NamedTuple):
     Attributes:
       step_size: learning_rate / (root + eps), with the structure and shapes of the
         parameters: the factor of each coordinate's gradient in the last update.
-      saturation: eps / (root + eps), in [0, 1], likewise: the step size as a fraction
-        of the largest that eps allows. At 0 the gradient is fully normalized. At 1 eps
-        alone determines the step, and the coordinate moves as in gradient descent with
-        rate learning_rate / eps (with eps_in_sqrt, learning_rate / √eps).
+      saturation: eps / (root + eps), in [0, 1], in the same structure: the step size
+        as a fraction of the largest that eps allows. At 0 the gradient is fully
+        normalized. At 1 eps alone determines the step, and the coordinate moves as in
+        gradient descent with rate learning_rate / eps (with eps_in_sqrt,
+        learning_rate / √eps).
     """
 
     step_size: optax.Updates

@@ -38,7 +38,8 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
     given_leaves, given_tree = _by_path(given)
     leaves, tree = _by_path(expected)
     found = {path: leaf for path, leaf in given_leaves.items() if leaf is not None}
-    # The paths of None. A whole tree that is None is an error: it was left out.
+    # The paths of None. The path () is left out: if the whole tree is None, the caller
+    # forgot it.
     absent = given_leaves.keys() - found.keys() - {()}
     if absent:
         # Leaves that are expected at or below the path of a None need not be found.

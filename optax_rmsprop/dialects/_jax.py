@@ -85,8 +85,8 @@ def jax_example_libraries(
       step_size: a number in [0, ∞) or a schedule, as in jax.
       gamma: in [0, 1). torch: alpha.
       eps: in [0, ∞), in the square of the gradient's unit.
-      momentum: None for `rmsprop`; in [0, 1) for `rmsprop_momentum`, which has 0.9 by
-        default.
+      momentum: None for `rmsprop`; in [0, 1) for `rmsprop_momentum`, whose
+        default is 0.9.
 
     Run: jax 0.10.2. Source: jax/example_libraries/optimizers.py.
     """

@@ -232,8 +232,8 @@ def bitsandbytes(
         p <- p - lr * g / (√v + eps)
 
     Differs from torch's in:
-      1. There is no momentum: bitsandbytes accepts and ignores it, we refuse it.
-      2. centered and alpha=0 are refused, as there.
+      1. There is no momentum: bitsandbytes accepts and ignores it; it is refused here.
+      2. centered and alpha=0 are refused, as in bitsandbytes.
 
     Args:
       lr: a number in [0, ∞) or an optax schedule.

@@ -63,7 +63,7 @@ def state_shardings(
       as `out_shardings` of a compiled init, as both shardings of a compiled step, in
       `jax.device_put` and to restore checkpoints. `jax.tree.map(lambda s: s.spec,
       shardings)` gives specs for `jax.shard_map`, except for the `formats` of
-      `compress_state`, which every shard has for itself there.
+      `compress_state`: there, every shard has its own.
 
     Raises:
       TypeError: a `tx` without init.
@@ -171,7 +171,7 @@ def check_state_shardings(state: optax.OptState, shardings: optax.OptState) -> N
             raise TypeError(
                 "`shardings` must be jax.sharding.Sharding on devices, got "
                 f"{shown(sharding)} at {at(path)}; NamedSharding(mesh, spec) makes "
-                "one of a spec"
+                "one from a spec"
             )
         got = _sharding_of(leaf)
         if got is None or not _are_equivalent(got, sharding, np.ndim(leaf)):
