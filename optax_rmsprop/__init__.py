@@ -64,9 +64,10 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_ROOMS = {"carry", "dialects", "wrappers"}
-# Names imported at their first use, with their room. `TorchRun` is `carry.Run`.
-_LATER = {
+_FOLDERS = {"carry", "dialects", "wrappers"}
+# Names that are imported at their first use, with their folder or module. `TorchRun` is
+# `carry.Run`.
+_LAZY = {
     "Diagnosis": "diagnostics",
     "diagnose": "diagnostics",
     "CompressedState": "wrappers",
@@ -86,13 +87,14 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    # A short import seldom triggers Python's garbage collection of all of optax's
-    # objects, which is due soon after optax's import and takes 50 ms. Ours takes 3.
-    if name in _ROOMS:
+    # The core alone takes 3 ms to import. A longer import would often trigger Python's
+    # garbage collection of all of optax's objects, which is due soon after optax's
+    # import and takes 50 ms.
+    if name in _FOLDERS:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _LATER:
-        room = importlib.import_module(f"{__name__}.{_LATER[name]}")
-        return getattr(room, "Run" if name == "TorchRun" else name)
+    if name in _LAZY:
+        module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
+        return getattr(module, "Run" if name == "TorchRun" else name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""What an optimizer's state says of the steps it makes."""
+"""Effective step sizes, computed from the state of an optimizer."""
 
 import functools
 from typing import Any, NamedTuple
@@ -15,15 +15,16 @@ from optax_rmsprop.wrappers import CompressedState, decompress_state
 
 
 class Diagnosis(NamedTuple):
-    """What `diagnose` reads off a state.
+    """The result of `diagnose`.
 
     Attributes:
       step_size: learning_rate / (root + eps), with the structure and shapes of the
-        parameters: what each coordinate's gradient was multiplied with.
-      saturation: eps / (root + eps), in [0, 1], likewise: the step size as a fraction
-        of the largest that eps allows. At 1 eps alone decides, and the coordinate moves
-        as in gradient descent with rate learning_rate / eps (under the root, √eps); at
-        0 its gradient is normalized in full.
+        parameters: the factor of each coordinate's gradient in the last update.
+      saturation: eps / (root + eps), in [0, 1], in the same structure: the step size
+        as a fraction of the largest that eps allows. At 0 the gradient is fully
+        normalized. At 1 eps alone determines the step, and the coordinate moves as in
+        gradient descent with rate learning_rate / eps (with eps_in_sqrt,
+        learning_rate / √eps).
     """
 
     step_size: optax.Updates
@@ -38,37 +39,37 @@ def diagnose(
     *,
     eps_in_sqrt: bool = False,
 ) -> Diagnosis:
-    """Read effective step sizes, and how far eps decides them, off a state of RMSprop.
+    """Compute the effective step sizes of a state of RMSprop, and the share of eps.
 
         root       = √nu                            √var if centered
         step_size  = learning_rate / (root + eps)   eps_in_sqrt: … / √(root² + eps)
         saturation = eps / (root + eps)             eps_in_sqrt: √eps / √(root² + eps)
 
-    Nothing is changed, and it may be called within `jax.jit`. A log wants few numbers,
-    as the median of each array; where they are all that is used, XLA stores no others.
-    Momentum adds up to 1/(1 - momentum) such steps; nesterov and weight decay are left
-    out.
+    The state is not changed. `diagnose` may be called within `jax.jit`: if only a few
+    numbers of the result are used, such as the median of each array for a log, XLA does
+    not store the others. Momentum adds up to 1/(1 - momentum) such steps. Nesterov and
+    weight decay are left out.
 
     Args:
       opt_state: the state of `rmsprop`, `scale_by_rms`, `scale_by_stddev` or a dialect,
-        also inside of `optax.chain`, `masked`, `inject_hyperparams` and others, and of
-        `compress_state`. Of `optax.partition` pass one group's,
+        also inside `optax.chain`, `masked`, `inject_hyperparams`, `compress_state` and
+        others. With `optax.partition` pass the state of one group,
         `opt_state.inner_states[label]`.
-      learning_rate: that of the optimizer, in [0, ∞), or its schedule, which is read at
-        the update made last. Of `inject_hyperparams`,
+      learning_rate: the optimizer's, in [0, ∞), or its schedule, which is evaluated at
+        the last update. With `inject_hyperparams` pass
         `opt_state.hyperparams["learning_rate"]`.
-      eps: that of the optimizer, in [0, ∞).
+      eps: the optimizer's, in [0, ∞).
       eps_in_sqrt: whether eps is under the root, as in the optimizer.
 
     Returns:
       A `Diagnosis`: two trees with the structure and shapes of the parameters, in the
-      dtype of the averages. Complex leaves have the step sizes of their two parts as
-      real and imaginary part.
+      dtype of the averages. In a complex leaf, the real and the imaginary part are the
+      step sizes of the two parts.
 
     Raises:
       TypeError: a number or option of the wrong kind; averages in less than float32.
-      ValueError: a number out of its range; an `opt_state` with no state of these, with
-        more than one, or of many runs; a negative average of squares.
+      ValueError: a number out of its range; an `opt_state` without a state of RMSprop,
+        with more than one, or of many runs; a negative average of squares.
 
     Example:
       >>> import jax.numpy as jnp, optax_rmsprop
@@ -85,7 +86,7 @@ def diagnose(
     eps = _errors.number("eps", eps)
     _errors.flags(eps_in_sqrt=eps_in_sqrt)
     state = _state_of_averages(opt_state)
-    *_, moments = _errors.held("opt_state", state)
+    *_, moments = _errors.checked_slots("opt_state", state)  # nu, or mu and var
     _errors.not_negative("opt_state", moments)
     if callable(learning_rate):
         learning_rate = learning_rate(jnp.maximum(state.count - 1, 0))
@@ -94,8 +95,9 @@ def diagnose(
     def over_root(numerator: ArrayLike, moment: jax.Array) -> jax.Array:
         def leaf(moment: jax.Array) -> jax.Array:
             zero, one, top = (jnp.asarray(x, moment.dtype) for x in (0, 1, numerator))
-            steady = Moment(one, moment, zero, zero, zero)
-            return divide(top, steady, eps, eps_in_sqrt)
+            # 1 * moment + 0 * 0²: `divide` takes a moment by its parts.
+            unchanged = Moment(one, moment, zero, zero, zero)
+            return divide(top, unchanged, eps, eps_in_sqrt)
 
         return by_parts(leaf, moment)
 
@@ -106,18 +108,19 @@ def diagnose(
 
 
 def _state_of_averages(opt_state: Any) -> ScaleByRmsState | ScaleByStddevState:
-    kinds = ScaleByRmsState, ScaleByStddevState
-    is_one = lambda x: isinstance(x, (*kinds, CompressedState))  # noqa: E731
+    """Find the one state with averages in the state of an optimizer."""
+    types = ScaleByRmsState, ScaleByStddevState
+    is_leaf = lambda x: isinstance(x, (*types, CompressedState))  # noqa: E731
     found = []
-    for node in jax.tree.leaves(opt_state, is_leaf=is_one):
+    for node in jax.tree.leaves(opt_state, is_leaf=is_leaf):
         if isinstance(node, CompressedState):
             found.append(_state_of_averages(decompress_state(node)))
-        elif isinstance(node, kinds):
+        elif isinstance(node, types):
             found.append(node)
     if len(found) != 1:
         raise ValueError(
             "`opt_state` must have one ScaleByRmsState or ScaleByStddevState, got "
-            f"{len(found)}; pass the state of rmsprop, and of optax.partition the part "
-            "opt_state.inner_states[label]"
+            f"{len(found)}; pass the state of rmsprop, and with optax.partition the "
+            "state of one group, opt_state.inner_states[label]"
         )
     return found[0]

@@ -1,11 +1,12 @@
-"""Checks and error messages that several rooms share.
+"""Checks and error messages that several files of the package share.
 
-Each message names the argument, the rule, the value that was given, and the remedy, in
-at most 600 characters. `_arguments` checks single arguments (numbers, schedules, flags,
-dtypes), `_states` checks trees (parameters, gradients, states of our transformations),
-and `_texts` writes values and trees in few characters. A check that only one file needs
-lives in that file. Checks look at types and values, and never at the name of a class.
-Values are looked at only where they are known: a traced number passes.
+A message names the argument, the rule, the value that was given, and the remedy, in at
+most 600 characters. `_arguments` checks single arguments (numbers, schedules, flags,
+dtypes). `_states` checks trees (parameters, gradients, states of our transformations).
+`_texts` shows values and trees in few characters.
+
+A check that only one file needs is in that file. Checks look at types and values, never
+at the name of a class. A traced value is not known, so it is not checked.
 """
 
 from optax_rmsprop._errors._arguments import (
@@ -26,9 +27,9 @@ from optax_rmsprop._errors._arguments import (
 from optax_rmsprop._errors._states import (
     averages,
     belong,
+    checked_slots,
     count,
     fits,
-    held,
     not_negative,
     other_paths,
     params,
@@ -55,11 +56,11 @@ __all__ = [
     "averages",
     "bare",
     "belong",
+    "checked_slots",
     "count",
     "dtype_of",
     "fits",
     "flags",
-    "held",
     "inexact",
     "integer",
     "is_off",

@@ -17,8 +17,7 @@ from optax_rmsprop._errors._texts import at, kind_of, shown
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-
-# What frameworks call our arguments, and a dialect that takes that name.
+# Names of other frameworks, with our name and a dialect that takes the foreign one.
 FOREIGN = {
     "alpha": ("decay", "torch"),
     "epsilon": ("eps", "keras"),
@@ -32,7 +31,7 @@ FOREIGN = {
 
 
 def knows_foreign_names(function: Function) -> Function:
-    """Let the error about another framework's argument say what it is called here."""
+    """Let a function refuse a foreign argument with an error that gives our name."""
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -49,7 +48,7 @@ def knows_foreign_names(function: Function) -> Function:
     return checked  # type: ignore[return-value]
 
 
-# For dialects without maximize, see `dialects/_arguments.py`.
+# `dialects/_arguments.py` replaces it for dialects without maximize.
 ASCEND = "; to ascend give maximize=True"
 
 
@@ -62,14 +61,16 @@ def number(
     hint: str = "",
     below_0: str = "",
 ) -> ArrayLike:
-    """Check a scalar hyperparameter against [0, high), or (0, high) unless `zero`.
+    """Check that a scalar hyperparameter is in [0, high), or (0, high) unless `zero`.
 
-    Python and NumPy numbers come back as `float`, which promotes no dtype. JAX arrays
-    come back as floating-point arrays; their value is checked unless it is traced.
-    `hint` ends every error about it, `below_0` that about a negative number.
+    Python and NumPy numbers are returned as `float`, which promotes no dtype. JAX
+    arrays are returned as floating-point arrays, and are checked unless they are
+    traced. `hint` is added to every error, and `below_0` to the one about a negative
+    number.
     """
     rule = f"`{name}` must be a number in {'[' if zero else '('}0, {high:g})"
     if not is_real(value):
+        # optax.inject_hyperparams makes numbers complex if parameters are complex.
         if callable(value) and not isinstance(value, type):
             hint = "; to schedule it use optax.inject_hyperparams"
         elif hint != _SCHEDULED and isinstance(value, jax.Array):
@@ -80,7 +81,8 @@ def number(
             f"{rule}, got an array of shape {np.shape(value)}{hint}; use jax.vmap to "
             "run many values at once"
         )
-    # Within jax.jit, operations on an array make a tracer, also if it is none itself.
+    # Read the value here: within jax.jit, the result of `value < high` would be traced
+    # even if `value` is not.
     known = None if isinstance(value, Tracer) else _float(value)
     got = shown(value) if known is None or math.isinf(known) else f"{known:g}"
     if isinstance(value, jax.Array):
@@ -105,8 +107,7 @@ def number(
 
 _SCHEDULED = " from its schedule"
 
-
-# optax.inject_hyperparams makes all numbers arrays in the dtype of the parameters.
+# optax.inject_hyperparams turns all numbers into arrays in the dtype of the parameters.
 _HYPERPARAM_DTYPE = "; with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32"
 
 
@@ -129,10 +130,10 @@ def _float(value: Any) -> float:
 
 
 def schedule(name: str, value: Any, **rules: Any) -> ScalarOrSchedule:
-    """Check a number as `number` does; a schedule comes back with a check of its own.
+    """Check a number as `number` does, or wrap a schedule to check what it returns.
 
-    That check is of each number that the schedule returns. The values of JAX arrays are
-    left out of it: under `jax.jit` they are not known.
+    The wrapped schedule checks every result except the value of a JAX array, which
+    under `jax.jit` is not known.
     """
     if isinstance(value, type) or not callable(value):
         return number(name, value, **rules)
@@ -148,19 +149,22 @@ def schedule(name: str, value: Any, **rules: Any) -> ScalarOrSchedule:
 
 
 def is_off(value: ArrayLike) -> bool:
-    """Whether an option is 0 for good, which only a Python number can promise."""
+    """Whether an option is 0 in every update. A JAX array of 0 may change later."""
     return isinstance(value, float) and value == 0
 
 
 def flags(**options: Any) -> None:
-    """Check options that choose the program, which a traced value cannot do."""
+    """Check that options are True or False.
+
+    They choose the program that is compiled, so they must not be traced.
+    """
     for name, value in options.items():
         if not isinstance(value, bool | np.bool_):
             raise TypeError(f"`{name}` must be True or False, got {shown(value)}")
 
 
 def integer(name: str, value: Any, *, high: float = math.inf) -> int:
-    """Check a Python or NumPy integer against [0, high)."""
+    """Check that a value is a Python or NumPy integer in [0, high)."""
     rule = f"`{name}` must be an integer in [0, {high:g})"
     if not isinstance(value, int | np.integer) or not is_real(value):
         raise TypeError(
@@ -171,31 +175,31 @@ def integer(name: str, value: Any, *, high: float = math.inf) -> int:
     return int(value)
 
 
-# optax.inject_hyperparams takes functions and dtypes for schedules, and calls them.
+# optax.inject_hyperparams takes functions and dtypes as schedules, and calls them.
 STATIC_ARGS = "; with optax.inject_hyperparams name `{}` in its static_args"
 
 
 def as_dtype(value: Any) -> np.dtype | None:
-    """What a value says as a dtype; None if it is none."""
+    """Return the dtype that a value names, or None if it does not name one."""
     if value is None or isinstance(value, jax.Array | np.ndarray | np.generic):
         return None
     try:
         return jnp.dtype(value)
-    except Exception:  # for texts NumPy has more than one kind of error
+    except Exception:  # for strings NumPy has several types of errors
         return None
 
 
 def dtype_of(leaf: Any) -> Any:
-    """The dtype of a number or an array, in JAX; None for anything else.
+    """Return the dtype that JAX gives a number or an array, or None for anything else.
 
-    `jnp.result_type` alone takes the string "float32", the class `float` and None for
-    dtypes, and does not know float0.
+    `jnp.result_type` alone would accept the string "float32", the class `float` and
+    None, and it fails for float0.
     """
     if getattr(leaf, "dtype", None) == jax.dtypes.float0:
         return jax.dtypes.float0
     if leaf is None or isinstance(leaf, str | type | np.dtype):
         return None
-    if isinstance(leaf, jax.Array):  # the quick way
+    if isinstance(leaf, jax.Array):  # quicker than jnp.result_type
         return leaf.dtype
     try:
         return jnp.result_type(leaf)
@@ -207,7 +211,7 @@ def inexact(name: str, leaf: Any, path: Any, *, remedy: str, real: bool) -> None
     """Check that a leaf is floating point or, unless `real`, complex."""
     dtype, kind = dtype_of(leaf), jnp.floating if real else jnp.inexact
     if dtype is not None and jnp.issubdtype(dtype, kind):
-        if _has_sign_and_zero(dtype):
+        if has_sign_and_zero(dtype):
             return
         dtype = f"{dtype}, which has neither sign nor 0,"
     elif dtype == jax.dtypes.float0:
@@ -220,6 +224,6 @@ def inexact(name: str, leaf: Any, path: Any, *, remedy: str, real: bool) -> None
 
 
 @functools.cache
-def _has_sign_and_zero(dtype: Any) -> bool:
-    """False for float8_e8m0fnu, which is made for scales."""
+def has_sign_and_zero(dtype: Any) -> bool:
+    """Whether a dtype has -1 and 0. float8_e8m0fnu, made for scales, has neither."""
     return np.array_equal(np.array([-1, 0], dtype).astype(complex), [-1, 0])

@@ -12,8 +12,8 @@ from jax.core import Tracer
 from jax.tree_util import GetAttrKey, SequenceKey, tree_flatten_with_path
 
 from optax_rmsprop._errors._arguments import (
-    _has_sign_and_zero,
     dtype_of,
+    has_sign_and_zero,
     inexact,
 )
 from optax_rmsprop._errors._texts import at, kind_of, short, shown, some, trees
@@ -29,17 +29,24 @@ def params(tree: Any) -> None:
 
 
 def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
-    """Check that two trees agree in structure, shapes and in what is real.
+    """Check that a tree has the structure and shapes of an expected tree.
 
-    A given leaf may be real where a complex one is expected, or None: then anything may
-    be expected there, a whole tree too.
+    A given leaf may be real where a complex one is expected, but not the reverse. It
+    may be None, and stands then for any leaf or tree. An example:
+
+        given                          expected
+        {"w": x, "b": None}            {"w": p, "b": {"scale": q, "shift": r}}
+
+    passes if x and p have the same shape.
     """
     given_leaves, given_tree = _by_path(given)
     leaves, tree = _by_path(expected)
     found = {path: leaf for path, leaf in given_leaves.items() if leaf is not None}
-    # None in place of the whole tree is no gradient left out, but all forgotten.
+    # The paths of None. The path () is left out: if the whole tree is None, the caller
+    # forgot it.
     absent = given_leaves.keys() - found.keys() - {()}
     if absent:
+        # Leaves that are expected at or below the path of a None need not be found.
         prefixes = {path: {path[:i] for i in range(len(path) + 1)} for path in leaves}
         leaves = {path: leaves[path] for path in leaves if not prefixes[path] & absent}
         absent -= set().union(*prefixes.values())
@@ -47,17 +54,17 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
     for path, leaf in found.items():
         if path not in leaves:
             continue
-        of_leaf = leaves[path]
-        dtype = dtype_of(of_leaf)
+        wanted = leaves[path]
+        dtype = dtype_of(wanted)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-            beside = kind_of(of_leaf) if dtype is None else dtype
+            beside = kind_of(wanted) if dtype is None else dtype
             problems.append(f"{at(path)} is an array, expected None beside {beside}")
             continue
-        real = not jnp.iscomplexobj(of_leaf)
+        real = not jnp.iscomplexobj(wanted)
         inexact(name, leaf, path, remedy=f"compare with {like}", real=real)
-        if np.shape(leaf) != np.shape(of_leaf):
+        if np.shape(leaf) != np.shape(wanted):
             problems.append(
-                f"{at(path)} has shape {np.shape(leaf)}, expected {np.shape(of_leaf)}"
+                f"{at(path)} has shape {np.shape(leaf)}, expected {np.shape(wanted)}"
             )
     problems += other_paths(found, leaves)
     if not problems and not fits(given_tree, expected):
@@ -73,32 +80,38 @@ def same_tree(name: str, given: Any, like: str, expected: Any) -> None:
 def belong(updates: Any, params: Any, state: Any) -> None:
     """Check that gradients, parameters (unless None) and a state belong together."""
     fields = list(_fields(state))
-    for path, field, value in fields:
-        if field == "count":
-            count("state", value, at(path))
     slots = [value for _, field, value in fields if field != "count"]
+    _check_counts("state", fields)
     if not _plainly_belong(updates, params, slots):
-        held("state", state, params)
+        _check_dtypes("state", fields, params)
         for slot in slots:
             same_tree("updates", updates, "the parameters given to init", slot)
         if params is not None:
             same_tree("updates", updates, "`params`", params)
     for path, field, value in fields:
-        if field in SQUARES:
+        if field in ("nu", "var"):
             not_negative("state", value, path, wait=False)
 
 
-SQUARES = "nu", "var"
+def checked_slots(name: str, state: Any) -> list[Any]:
+    """Return the trees of averages and traces in a state.
+
+    Their dtypes are checked, and the counts in the state.
+    """
+    fields = list(_fields(state))
+    _check_counts(name, fields)
+    _check_dtypes(name, fields, None)
+    return [value for _, field, value in fields if field != "count"]
 
 
 def _plainly_belong(updates: Any, params: Any, slots: list[Any]) -> bool:
     """Whether all trees have one structure, and arrays that belong together.
 
-    This is the quick way, which each correct update without None takes. It is False
-    also where only a closer look can tell.
+    This quick check is true of each correct update without None. It is false also
+    where only a closer look can tell.
     """
-    trees = [updates, *slots] if params is None else [updates, *slots, params]
-    columns, structures = zip(*map(jax.tree.flatten, trees), strict=True)
+    given = [updates, *slots] if params is None else [updates, *slots, params]
+    columns, structures = zip(*map(jax.tree.flatten, given), strict=True)
     if any(structure != structures[0] for structure in structures):
         return False
     for row in zip(*columns, strict=True):
@@ -117,24 +130,25 @@ def _plain_dtypes(dtypes: tuple[Any, ...], n_slots: int, of_param: Any) -> bool:
     """Whether a gradient, `n_slots` slots and a parameter may have these dtypes."""
     return (
         all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
-        and all(map(_has_sign_and_zero, dtypes))
-        and all(_keeps(dtype, of_param) for dtype in dtypes[1 : 1 + n_slots])
+        and all(map(has_sign_and_zero, dtypes))
+        and all(_can_average(dtype, of_param) for dtype in dtypes[1 : 1 + n_slots])
         and len({jnp.issubdtype(d, jnp.complexfloating) for d in dtypes}) == 1
     )
 
 
-def held(name: str, state: Any, params: Any = None) -> list[Any]:
-    """Check counts and dtypes in a state of ours; return its averages and traces."""
-    of_params = dict(tree_flatten_with_path(params)[0])
-    slots = []
-    for start, field, value in _fields(state):
+def _check_counts(name: str, fields: list[tuple[Any, str, Any]]) -> None:
+    for path, field, value in fields:
         if field == "count":
-            count(name, value, at(start))
-            continue
-        slots.append(value)
-        for path, leaf in tree_flatten_with_path(value)[0]:
-            dtype, of_param = dtype_of(leaf), dtype_of(of_params.get(path))
-            if not _keeps(dtype, of_param):
+            count(name, value, at(path))
+
+
+def _check_dtypes(name: str, fields: list[tuple[Any, str, Any]], params: Any) -> None:
+    parameters = dict(tree_flatten_with_path(params)[0])
+    for start, field, value in fields:
+        leaves = [] if field == "count" else tree_flatten_with_path(value)[0]
+        for path, leaf in leaves:
+            dtype, of_param = dtype_of(leaf), dtype_of(parameters.get(path))
+            if not _can_average(dtype, of_param):
                 beside = (
                     "" if of_param is None else f" beside a parameter in {of_param}"
                 )
@@ -144,19 +158,24 @@ def held(name: str, state: Any, params: Any = None) -> list[Any]:
                     f"{at(start + path)}{beside}; leave it as init made it where you "
                     "cast parameters, or call init again"
                 )
-    return slots
 
 
 @functools.cache
-def _keeps(dtype: Any, of_param: Any) -> bool:
-    """Whether an average may have a dtype, beside a parameter of another."""
+def _can_average(dtype: Any, of_param: Any) -> bool:
+    """Whether `averages` is true, and the dtype has at least 32 bits.
+
+    A parameter that is no number, or of integers, does not restrict the dtype.
+    """
     if of_param is None or not jnp.issubdtype(of_param, jnp.inexact):
         of_param = dtype
     return averages(dtype, of_param) and jnp.finfo(dtype).bits >= 32
 
 
 def averages(dtype: Any, of_param: Any) -> bool:
-    """Whether a dtype is inexact, and complex if and only if a parameter's is."""
+    """Whether a slot may have a dtype beside a parameter in `of_param`.
+
+    It must be floating point or complex, and complex if and only if `of_param` is.
+    """
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
         return False
     kinds = {jnp.issubdtype(x, jnp.complexfloating) for x in (dtype, of_param)}
@@ -164,7 +183,7 @@ def averages(dtype: Any, of_param: Any) -> bool:
 
 
 def _fields(state: Any, start: Any = ()) -> Iterator[tuple[Any, str, Any]]:
-    """Path, name and value of each count and slot in a state of ours."""
+    """Yield path, name and value of each count and slot in a state, chains included."""
     names = getattr(state, "_fields", None)
     for i, value in enumerate(state if isinstance(state, tuple) else ()):
         path = (*start, GetAttrKey(names[i]) if names else SequenceKey(i))
@@ -175,9 +194,10 @@ def _fields(state: Any, start: Any = ()) -> Iterator[tuple[Any, str, Any]]:
 
 
 def count(name: str, value: Any, where: str = ".count", most: float = math.inf) -> None:
-    """Check a number of updates: an integer, and from 0 to `most` where it is known.
+    """Check a number of updates: one integer, from 0 to `most`.
 
-    It is not known while it is traced or still computed: that is not waited for.
+    Its value is checked only if it is known: a traced value never is, and one that a
+    device still computes is not waited for.
     """
     rule, dtype = f"`{name}` must count updates in one integer", dtype_of(value)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
@@ -201,9 +221,10 @@ _ANOTHER_COUNT = "call init again, or restore the state that the run had"
 
 
 def not_negative(name: str, tree: Any, path: Any = (), *, wait: bool = True) -> None:
-    """Check averages of squares unless they are traced. NaN may be in them.
+    """Check that averages of squares are not negative. They may contain NaN.
 
-    Those still computed are left out unless `wait`.
+    Traced arrays are not checked, nor, unless `wait`, arrays that a device still
+    computes.
     """
     if all(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         return
@@ -211,8 +232,9 @@ def not_negative(name: str, tree: Any, path: Any = (), *, wait: bool = True) -> 
         if isinstance(leaf, Tracer) or not (wait or _is_ready(leaf)):
             continue
         if isinstance(leaf, jax.Array) and _is_on_one_cpu(leaf):
-            leaf = np.asarray(leaf)  # needs neither a copy nor a program to compile
-        is_numpy = isinstance(leaf, np.ndarray)  # may be too much for the device
+            leaf = np.asarray(leaf)  # needs neither a copy nor a compiled program
+        # A NumPy array may be too large for the device, so it stays in NumPy.
+        is_numpy = isinstance(leaf, np.ndarray)
         negative = (_has_negative if is_numpy else _jitted_has_negative)(leaf)
         if not isinstance(negative, Tracer) and negative:
             raise ValueError(
@@ -230,9 +252,9 @@ _jitted_has_negative = jax.jit(_has_negative)
 
 
 def _is_ready(value: Any) -> bool:
-    """Whether a value is known, and without waiting for a device.
+    """Whether a value is known without waiting for a device.
 
-    A variable of Flax NNX may hold a traced value: it is taken for unknown.
+    A variable of Flax NNX may contain a traced value, so it counts as unknown.
     """
     if isinstance(value, jax.Array) and not isinstance(value, Tracer):
         return value.is_ready()  # type: ignore[attr-defined]
@@ -245,7 +267,7 @@ def _is_on_one_cpu(array: jax.Array) -> bool:
 
 
 def same_state(state: Any, expected: Any) -> None:
-    """Check that a state is of the expected types, as from `state_types`."""
+    """Check that a state has the expected types, which `state_types` returned."""
     got = state_types(state)
     if got != expected:
         raise ValueError(
@@ -257,12 +279,12 @@ def same_state(state: Any, expected: Any) -> None:
 
 
 def state_types(state: Any) -> Any:
-    """The type of a state; of a chain's state, a tuple of those of its parts."""
+    """Return the type of a state; for a chain's state, a tuple of its parts' types."""
     return tuple(map(state_types, state)) if type(state) is tuple else type(state)
 
 
 def _names(types: Any) -> str:
-    """Types by their package, since optax has states of the same names."""
+    """Show types with their package, because optax has states of the same names."""
     if isinstance(types, tuple):
         return f"({', '.join(map(_names, types))})"
     package = types.__module__.partition(".")[0]
@@ -270,7 +292,7 @@ def _names(types: Any) -> str:
 
 
 def fits(structure: Any, tree: Any) -> bool:
-    """Whether a structure is that of a tree, or a prefix of it."""
+    """Whether a structure is the structure of a tree, or a prefix of it."""
     try:
         structure.flatten_up_to(tree)
     except ValueError:
@@ -279,7 +301,7 @@ def fits(structure: Any, tree: Any) -> bool:
 
 
 def other_paths(given: dict[Any, Any], expected: dict[Any, Any]) -> list[str]:
-    """What is missing, and what is unexpected, of leaves by their paths."""
+    """Describe which paths are missing, and which are unexpected."""
     missing = [at(path) for path in expected if path not in given]
     unexpected = [at(path) for path in given if path not in expected]
     found = {"missing": missing, "unexpected": unexpected}

@@ -1,7 +1,7 @@
-"""What error messages show of values and trees, in few characters.
+"""Short texts for values and trees in error messages.
 
-No message has more than 600 characters. Whatever can be of any length goes into it
-through one of these functions.
+No message has more than 600 characters. These functions shorten everything in it whose
+length is not known.
 """
 
 from collections.abc import Iterable
@@ -12,29 +12,32 @@ from jax.tree_util import keystr
 
 
 def short(text: str, most: int = 160) -> str:
-    """A text or, if it is longer than `most`, its two ends."""
+    """Return a text or, if it is longer than `most`, its two ends."""
     end = most // 2 - 2
     return text if len(text) <= most else f"{text[:end]} ... {text[-end:]}"
 
 
 def shown(value: Any) -> str:
-    """A value by its repr; an array that is no scalar by its shape."""
+    """Return the repr of a value; for arrays that are not scalars, type and shape."""
     try:
         shape = getattr(value, "shape", None)
         if isinstance(shape, tuple) and shape:
             return f"{kind_of(value)} of shape {short(str(tuple(shape)), 100)}"
         return short(repr(value), 100)
-    except Exception:  # Python writes no integer of more than 4300 digits
+    except Exception:  # Python's repr refuses integers of more than 4300 digits
         return kind_of(value) + " too long to show" * isinstance(value, int)
 
 
 def bare(name: Any) -> str:
-    """A name without quotes; anything that is no text by its repr."""
+    """Return a string without quotes, and anything else as `shown`."""
     return short(name, 80) if isinstance(name, str) else shown(name)
 
 
 def some(items: Iterable[Any], between: str = ", ", most: int = 200) -> str:
-    """As many items as `most` characters hold, at least one, and how many more."""
+    """List as many items as fit in `most` characters, and how many more there are.
+
+    `some(["a", "b", "c"], most=6)` is "a, b, and 1 more". The first is always listed.
+    """
     found: list[str] = []
     length = 0
     rest = iter(items)
@@ -49,7 +52,7 @@ def some(items: Iterable[Any], between: str = ", ", most: int = 200) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """The type of a value, with its article."""
+    """Return the name of a value's type with its article, as in "a list"."""
     if value is None:
         return "None"
     kind = "traced array" if isinstance(value, Tracer) else bare(type(value).__name__)
@@ -57,10 +60,10 @@ def kind_of(value: Any) -> str:
 
 
 def at(path: Any) -> str:
-    """The path of a leaf."""
+    """Return the path of a leaf as text."""
     return short(keystr(path)) or "the root"
 
 
 def trees(structure: Any, expected: Any) -> str:
-    """Two structures that differ where no path does."""
+    """Show two structures that differ although the paths of their leaves agree."""
     return f"got {short(str(structure))}, expected {short(str(expected))}"

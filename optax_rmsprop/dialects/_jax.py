@@ -1,15 +1,15 @@
-"""What RMSprop has been in JAX itself and in optax."""
+"""RMSprop of optax, and of JAX's own example libraries."""
 
 from __future__ import annotations  # so that help() shows these types by name
 
 import optax as optax_
 from jax.typing import ArrayLike
 
-from optax_rmsprop.dialects._arguments import speaks
+from optax_rmsprop.dialects._arguments import dialect
 from optax_rmsprop.optimizer import rmsprop
 
 
-@speaks()
+@dialect()
 def optax(
     learning_rate: optax_.ScalarOrSchedule,
     decay: ArrayLike = 0.9,
@@ -21,7 +21,7 @@ def optax(
     nesterov: bool = False,
     bias_correction: bool = False,
 ) -> optax_.GradientTransformationExtraArgs:
-    """`optax.rmsprop` on a core that stays finite.
+    """`optax.rmsprop`, without its NaN and infinite updates.
 
         v <- decay * v + (1 - decay) * g²       v starts at initial_scale
         b <- momentum * b + learning_rate * g / √(v + eps)
@@ -33,10 +33,10 @@ def optax(
       3. There is no weight decay.
       4. Defaults: decay 0.9, no learning rate.
 
-    Differs from optax's own in: complex numbers (parts apart; optax averages |g|²),
-    initial_scale with bias_correction (refused), centered with bias_correction (there
-    the first step divides by the root of a rounding error, or NaN), the state's types,
-    and docs/differences.md.
+    Differs from optax's own in: complex numbers (optax averages |g|², here each part
+    has its average), initial_scale with bias_correction (refused here), centered with
+    bias_correction (optax divides the first step by the root of a rounding error, or
+    makes it NaN), the types of states, and what docs/differences.md lists.
 
     Args:
       learning_rate: a number in [0, ∞) or an optax schedule.
@@ -62,7 +62,7 @@ def optax(
     )
 
 
-@speaks(learning_rate="step_size", decay="gamma")
+@dialect(learning_rate="step_size", decay="gamma")
 def jax_example_libraries(
     step_size: optax_.ScalarOrSchedule,
     gamma: ArrayLike = 0.9,
@@ -82,11 +82,11 @@ def jax_example_libraries(
       4. Defaults: gamma 0.9, no learning rate.
 
     Args:
-      step_size: a number in [0, ∞) or a schedule of the step, as there.
+      step_size: a number in [0, ∞) or a schedule, as in jax.
       gamma: in [0, 1). torch: alpha.
       eps: in [0, ∞), in the square of the gradient's unit.
-      momentum: None for `rmsprop`; in [0, 1) for `rmsprop_momentum`, which has 0.9 by
-        default.
+      momentum: None for `rmsprop`; in [0, 1) for `rmsprop_momentum`, whose
+        default is 0.9.
 
     Run: jax 0.10.2. Source: jax/example_libraries/optimizers.py.
     """

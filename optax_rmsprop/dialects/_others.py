@@ -8,11 +8,11 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_rmsprop import _errors
-from optax_rmsprop.dialects._arguments import refuse, speaks
+from optax_rmsprop.dialects._arguments import dialect, refuse
 from optax_rmsprop.optimizer import rmsprop
 
 
-@speaks(decay="rho", eps="epsilon")
+@dialect(decay="rho", eps="epsilon")
 def paddle(
     learning_rate: optax.ScalarOrSchedule,
     rho: ArrayLike = 0.95,
@@ -45,7 +45,7 @@ def paddle(
       momentum: in [0, 1).
       centered: whether to divide by the standard deviation.
       weight_decay: None or in [0, ∞), the coefficient of Paddle's L2Decay.
-      grad_clip: refused, with what to use in the chain.
+      grad_clip: refused; the error says what to use instead.
       name: accepted; it changes no number.
       weight_decay_mask: True where weights decay. See `rmsprop`.
 
@@ -67,7 +67,7 @@ def paddle(
     )
 
 
-@speaks(eps="epsilon")
+@dialect(eps="epsilon")
 def mindspore(
     learning_rate: optax.ScalarOrSchedule = 0.1,
     decay: ArrayLike = 0.9,
@@ -89,7 +89,7 @@ def mindspore(
 
     Differs from torch's in:
       1. epsilon is under the root.
-      2. v starts at 1, so that gradients below 1 begin with short steps, not long ones.
+      2. v starts at 1, so gradients below 1 begin with short steps, not long ones.
       3. The learning rate is inside the momentum buffer.
       4. Parameters with "beta" or "gamma" in their names do not decay there: give
          weight_decay_mask.
@@ -106,8 +106,8 @@ def mindspore(
       weight_decay: in [0, ∞).
       weight_decay_mask: True where weights decay. See `rmsprop`.
 
-    Run: mindspore 2.10.0, on a CPU. There, where not centered, arrays of 8 and more
-    elements have another kernel, with √v + epsilon: that is `rmsprop` with
+    Run: mindspore 2.10.0, on a CPU. There, unless centered, arrays of 8 and more
+    elements use another kernel, with √v + epsilon, which is `rmsprop` with
     initial_scale=1, lr_in_momentum=True. Source: mindspore/nn/optim/rmsprop.py.
     """
     refuse("loss_scale", loss_scale, 1, "divide the gradients by it")
@@ -125,7 +125,7 @@ def mindspore(
     )
 
 
-@speaks(decay="alpha")
+@dialect(decay="alpha")
 def mlx(
     learning_rate: optax.ScalarOrSchedule,
     alpha: ArrayLike = 0.99,
@@ -151,7 +151,7 @@ def mlx(
     return rmsprop(learning_rate, alpha, _errors.number("eps", eps, zero=False))
 
 
-@speaks(learning_rate="eta", decay="rho", eps="epsilon")
+@dialect(learning_rate="eta", decay="rho", eps="epsilon")
 def optimisers_jl(
     eta: optax.ScalarOrSchedule = 0.001,
     rho: ArrayLike = 0.9,
@@ -168,23 +168,24 @@ def optimisers_jl(
     Differs from torch's in:
       1. There is no momentum and no weight decay (put `WeightDecay`'s counterpart,
          `optax.add_decayed_weights`, before this in an optax.chain).
-      2. Complex numbers: it averages |g|², we both parts by themselves, as torch.
+      2. Complex numbers: Julia averages |g|²; here each part has its average, as in
+         torch.
       3. Defaults: eta 0.001, rho 0.9.
 
     Args:
       eta: a number in [0, ∞) or an optax schedule.
       rho: in [0, 1); (0, 1) if centred. torch: alpha.
-      epsilon: in [0, ∞), in the gradient's unit. Julia's Float16 raises it to 1e-7.
-      centred, centered: either divides by the standard deviation, where a variance
-        that rounds below 0 throws a DomainError in Julia.
+      epsilon: in [0, ∞), in the gradient's unit. With Float16, Julia raises it to 1e-7.
+      centred, centered: whether to divide by the standard deviation. In Julia, a
+        variance that rounds below 0 then throws a DomainError.
 
-    Not run: held to a transcription of src/rules.jl at commit 007b972.
+    Not run: compared with a transcription of src/rules.jl at commit 007b972.
     """
     _errors.flags(centred=centred, centered=centered)
     return rmsprop(eta, rho, epsilon, centered=centred or centered)
 
 
-@speaks(learning_rate="lr", decay="alpha", eps_in_sqrt="eps_inside_sqrt")
+@dialect(learning_rate="lr", decay="alpha", eps_in_sqrt="eps_inside_sqrt")
 def chainer(
     lr: optax.ScalarOrSchedule = 0.01,
     alpha: ArrayLike = 0.99,
@@ -194,7 +195,7 @@ def chainer(
     """`chainer.optimizers.RMSprop`; its `RMSpropGraves` is `dialects.graves2013`.
 
         v <- alpha * v + (1 - alpha) * g²
-        p <- p - lr * g / (√v + eps)            eps_inside_sqrt: √(v + eps) below
+        p <- p - lr * g / (√v + eps)            eps_inside_sqrt: √(v + eps)
 
     Differs from torch's in:
       1. There is no momentum, no weight decay, no centered form.

@@ -1,4 +1,4 @@
-"""RMSprop as two papers have it."""
+"""RMSprop of two papers."""
 
 from __future__ import annotations  # so that help() shows these types by name
 
@@ -7,11 +7,11 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from optax_rmsprop.dialects._arguments import speaks
+from optax_rmsprop.dialects._arguments import dialect
 from optax_rmsprop.optimizer import rmsprop
 
 
-@speaks(learning_rate="lr", decay="alpha")
+@dialect(learning_rate="lr", decay="alpha")
 def graves2013(
     lr: optax.ScalarOrSchedule = 1e-4,
     alpha: ArrayLike = 0.95,
@@ -38,7 +38,7 @@ def graves2013(
       momentum: in [0, 1).
       eps: in [0, ∞), in the square of the gradient's unit.
 
-    Run: chainer 7.8.1; and held to a transcription of the paper's equations 38-45,
+    Run: chainer 7.8.1. Compared with a transcription of the paper's equations 38-45,
     Generating Sequences With Recurrent Neural Networks, arXiv:1308.0850.
     """
     return rmsprop(
@@ -52,7 +52,7 @@ def graves2013(
     )
 
 
-@speaks(learning_rate="lr", weight_decay="wc")
+@dialect(learning_rate="lr", weight_decay="wc")
 def dqn2015(
     lr: optax.ScalarOrSchedule = 0.00025,
     wc: ArrayLike = 0.0,
@@ -69,17 +69,17 @@ def dqn2015(
     Differs from torch's in:
       1. It is always centered, with alpha 0.95 for both averages. The paper calls them
          "squared gradient momentum" and "gradient momentum": there is no momentum.
-      2. eps is under the root, and 0.01, its "min squared gradient".
+      2. eps is under the root. It is 0.01, the "min squared gradient" of the paper.
       3. Default: lr 0.00025.
 
     Args:
-      lr: a number in [0, ∞) or an optax schedule. The Lua code's falls linearly over
-        lr_endt steps of the agent, of which update_freq (4) make one update; in the
-        published run it is constant.
+      lr: a number in [0, ∞) or an optax schedule. In the Lua code it falls linearly
+        over lr_endt steps of the agent, with an update every update_freq (4) steps; in
+        the published run it is constant.
       wc: weight cost (L2), in [0, ∞).
       weight_decay_mask: True where weights decay. See `rmsprop`.
 
-    Not run: held to a transcription of dqn/NeuralQLearner.lua, `qLearnMinibatch`.
+    Not run: compared with a transcription of dqn/NeuralQLearner.lua, `qLearnMinibatch`.
     Mnih et al., Human-level control through deep reinforcement learning, 2015.
     """
     return rmsprop(

@@ -11,11 +11,11 @@ from jax.typing import ArrayLike
 
 from optax_rmsprop import _errors
 from optax_rmsprop._errors import shown
-from optax_rmsprop.dialects._arguments import refuse, speaks
+from optax_rmsprop.dialects._arguments import dialect, refuse
 from optax_rmsprop.optimizer import rmsprop
 
 
-@speaks(eps="epsilon")
+@dialect(eps="epsilon")
 def tensorflow(
     learning_rate: optax.ScalarOrSchedule,
     decay: ArrayLike = 0.9,
@@ -33,7 +33,7 @@ def tensorflow(
 
     Differs from torch's in:
       1. epsilon is under the root.
-      2. v starts at 1, so that gradients below 1 begin with short steps, not long ones.
+      2. v starts at 1, so gradients below 1 begin with short steps, not long ones.
       3. The learning rate is inside the momentum buffer.
       4. There is no weight decay. Models add it to the loss: a factor times
          tf.nn.l2_loss is torch's weight_decay of that factor.
@@ -47,8 +47,8 @@ def tensorflow(
       use_locking, name: accepted; they change no number.
       centered: whether to divide by the standard deviation.
 
-    Run: tensorflow 2.21.0, dense gradients on a CPU. Sparse gradients leave untouched
-    rows as they are, slots included, which nothing here does.
+    Run: tensorflow 2.21.0, dense gradients on a CPU. Its sparse gradients leave
+    other rows and their slots as they are; here all rows are updated.
     Source: tensorflow/python/training/rmsprop.py and
     tensorflow/core/kernels/training_ops.cc.
     """
@@ -64,7 +64,7 @@ def tensorflow(
     )
 
 
-@speaks(eps="epsilon")
+@dialect(eps="epsilon")
 def tf_keras(
     learning_rate: optax.ScalarOrSchedule = 0.001,
     rho: ArrayLike = 0.9,
@@ -89,8 +89,8 @@ def tf_keras(
         p <- p - b
 
     Differs from torch's in:
-      1. epsilon is under the root where momentum is not 0, and outside, as in torch,
-         where it is.
+      1. epsilon is under the root unless momentum is 0. Then it is outside, as in
+         torch.
       2. The learning rate is inside the momentum buffer.
       3. There is no weight decay.
       4. Defaults: learning_rate 0.001, rho 0.9, epsilon 1e-7.
@@ -99,12 +99,12 @@ def tf_keras(
     Args:
       learning_rate: a number in [0, ∞) or an optax schedule.
       rho: in [0, 1); (0, 1) if centered. torch: alpha.
-      momentum: in [0, 1), a Python number, for it decides where epsilon goes.
+      momentum: in [0, 1), a Python number, because it decides where epsilon goes.
       epsilon: in [0, ∞).
       centered: whether to divide by the standard deviation.
       name: accepted; it changes no number.
-      clipnorm, clipvalue, global_clipnorm, decay: refused unless left as they are.
-      lr: learning_rate by its old name.
+      clipnorm, clipvalue, global_clipnorm, decay: only the default is accepted.
+      lr: the old name of learning_rate.
 
     tf.keras 2.11 to 2.15 without `legacy` is `dialects.keras`.
 
@@ -118,8 +118,8 @@ def tf_keras(
     _errors.flags(centered=centered)
     if callable(momentum) or isinstance(momentum, jax.Array):
         raise TypeError(
-            f"`momentum` must be a Python number, for it decides where epsilon goes, "
-            f"got {shown(momentum)}; with optax.inject_hyperparams name it in "
+            "`momentum` must be a Python number, because it decides where epsilon "
+            f"goes, got {shown(momentum)}; with optax.inject_hyperparams name it in "
             "static_args"
         )
     has_momentum = not _errors.is_off(_errors.number("momentum", momentum, high=1))
@@ -139,7 +139,7 @@ def tf_keras(
     )
 
 
-@speaks(decay="rho", eps="epsilon")
+@dialect(decay="rho", eps="epsilon")
 def keras(
     learning_rate: optax.ScalarOrSchedule = 0.001,
     rho: ArrayLike = 0.9,
@@ -178,8 +178,8 @@ def keras(
       epsilon: in [0, ∞), in the square of the gradient's unit.
       centered: whether to divide by the standard deviation.
       weight_decay: None or in [0, ∞).
-      clipnorm, clipvalue, global_clipnorm: refused unless left as they are, with what
-        to use in the chain.
+      clipnorm, clipvalue, global_clipnorm: only the default is accepted; the error says
+        what to use instead.
       use_ema, ema_momentum, ema_overwrite_frequency: likewise.
       loss_scale_factor, gradient_accumulation_steps: likewise.
       name: accepted; it changes no number.
@@ -187,7 +187,7 @@ def keras(
         `exclude_from_weight_decay`. See `rmsprop`.
 
     Run: keras 3.15.1 with its TensorFlow backend. With its torch backend, centered
-    rounds otherwise. Source: keras/src/optimizers/rmsprop.py.
+    rounds differently. Source: keras/src/optimizers/rmsprop.py.
     """
     _refuse_clipping(clipnorm, clipvalue, global_clipnorm)
     average = "average the parameters with optax.incremental_update after each step"

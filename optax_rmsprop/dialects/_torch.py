@@ -1,4 +1,4 @@
-"""torch.optim.RMSprop, and what torch users put in its place."""
+"""torch.optim.RMSprop, and optimizers that replace it in torch programs."""
 
 from __future__ import annotations  # so that help() shows these types by name
 
@@ -9,11 +9,11 @@ from jax.typing import ArrayLike
 
 from optax_rmsprop import _errors
 from optax_rmsprop._numerics import product
-from optax_rmsprop.dialects._arguments import refuse, speaks
+from optax_rmsprop.dialects._arguments import dialect, refuse
 from optax_rmsprop.optimizer import rmsprop
 
 
-@speaks(learning_rate="lr", decay="alpha")
+@dialect(learning_rate="lr", decay="alpha")
 def torch(
     lr: optax.ScalarOrSchedule = 1e-2,
     alpha: ArrayLike = 0.99,
@@ -28,16 +28,16 @@ def torch(
     *,
     weight_decay_mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`torch.optim.RMSprop`, the yardstick of the other dialects.
+    """`torch.optim.RMSprop`, with which the other dialects are compared.
 
         g <- g + weight_decay * p
-        v <- alpha * v + (1 - alpha) * g²       centered: √(v - (average of g)²) below
+        v <- alpha * v + (1 - alpha) * g²       centered: √(v - (average of g)²)
         b <- momentum * b + g / (√v + eps)
         p <- p - lr * b
 
     Differs from torch's own in:
       1. alpha and momentum of 1 and above are refused; torch accepts them.
-      2. Nothing finite gives NaN, and averages are kept in at least float32:
+      2. Finite gradients never give NaN, and averages are in at least float32: see
          docs/differences.md.
 
     Args:
@@ -66,7 +66,7 @@ def torch(
     )
 
 
-@speaks(learning_rate="lr", decay="alpha", decoupled_weight_decay="decoupled_decay")
+@dialect(learning_rate="lr", decay="alpha", decoupled_weight_decay="decoupled_decay")
 def timm(
     lr: optax.ScalarOrSchedule = 1e-2,
     alpha: ArrayLike = 0.9,
@@ -95,7 +95,7 @@ def timm(
 
     Differs from torch's in:
       1. eps is under the root.
-      2. v starts at 1, so that gradients below 1 begin with short steps, not long ones.
+      2. v starts at 1, so gradients below 1 begin with short steps, not long ones.
       3. lr is inside the momentum buffer, unless lr_in_momentum=False.
       4. weight_decay can be decoupled, and then corrected: lr²/max_lr in place of lr.
       5. Defaults: alpha 0.9, eps 1e-10.
@@ -109,8 +109,8 @@ def timm(
         A correction of a decay that is not decoupled is refused; timm ignores it.
       caution: refused.
       foreach: accepted; it changes no number.
-      max_lr: what timm's constructor got as lr, in (0, ∞), for corrected_weight_decay
-        where lr is a schedule or an array.
+      max_lr: the lr that timm's constructor gets, in (0, ∞). corrected_weight_decay
+        needs it if lr is a schedule or an array.
       weight_decay_mask: True where weights decay. See `rmsprop`.
 
     Run: timm 1.0.31. Source: timm/optim/rmsprop_tf.py.
@@ -142,13 +142,13 @@ def _corrected(
     lr: optax.ScalarOrSchedule,
     max_lr: ArrayLike | None,
 ) -> optax.ScalarOrSchedule:
-    """Shrink a decoupled weight decay, which is multiplied by lr, to lr²/max_lr."""
+    """Return weight_decay * lr / max_lr, which `rmsprop` multiplies by lr once more."""
     if not decoupled:
         raise ValueError(
             "`corrected_weight_decay` must be False without decoupled_decay, got True; "
             "timm ignores it then"
         )
-    if max_lr is None and isinstance(lr, int | float):  # which does not change
+    if max_lr is None and isinstance(lr, int | float):  # lr is constant: lr/max_lr is 1
         return weight_decay
     max_lr = _errors.number(
         "max_lr",
@@ -161,7 +161,7 @@ def _corrected(
     return product(weight_decay, lr, 1 / max_lr)
 
 
-@speaks(learning_rate="lr", decay="alpha")
+@dialect(learning_rate="lr", decay="alpha")
 def stable_baselines3(
     lr: optax.ScalarOrSchedule = 1e-2,
     alpha: ArrayLike = 0.99,
@@ -172,7 +172,7 @@ def stable_baselines3(
     *,
     weight_decay_mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Stable-Baselines3's `RMSpropTFLike`; its A2C uses torch's unless told otherwise.
+    """Stable-Baselines3's `RMSpropTFLike`; its A2C uses torch's RMSprop by default.
 
         g <- g + weight_decay * p
         v <- alpha * v + (1 - alpha) * g²       v starts at 1
@@ -181,7 +181,7 @@ def stable_baselines3(
 
     Differs from torch's in:
       1. eps is under the root.
-      2. v starts at 1, so that gradients below 1 begin with short steps, not long ones.
+      2. v starts at 1, so gradients below 1 begin with short steps, not long ones.
 
     The learning rate stays outside the momentum buffer, unlike TensorFlow's.
 
@@ -209,7 +209,7 @@ def stable_baselines3(
     )
 
 
-@speaks(learning_rate="lr", decay="alpha")
+@dialect(learning_rate="lr", decay="alpha")
 def bitsandbytes(
     lr: optax.ScalarOrSchedule = 1e-2,
     alpha: ArrayLike = 0.99,
@@ -232,17 +232,17 @@ def bitsandbytes(
         p <- p - lr * g / (√v + eps)
 
     Differs from torch's in:
-      1. There is no momentum: bitsandbytes accepts and ignores it, we refuse it.
-      2. centered and alpha=0 are refused, as there.
+      1. There is no momentum: bitsandbytes accepts and ignores it; it is refused here.
+      2. centered and alpha=0 are refused, as in bitsandbytes.
 
     Args:
       lr: a number in [0, ∞) or an optax schedule.
       alpha: in (0, 1).
       eps, weight_decay: in [0, ∞).
-      momentum, centered, args, percentile_clipping: refused unless left as they are.
+      momentum, centered, args, percentile_clipping: only the default is accepted.
       optim_bits: 32. Here 8 is refused.
       min_8bit_size, block_wise: accepted; with 32 bits they change no number. The
-        version that was run has block_wise and percentile_clipping no longer.
+        version that was run no longer has block_wise and percentile_clipping.
       weight_decay_mask: True where weights decay. See `rmsprop`.
 
     Run: bitsandbytes 0.50.2, on a CPU. Source: bitsandbytes/optim/rmsprop.py.

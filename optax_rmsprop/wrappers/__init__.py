@@ -1,11 +1,14 @@
 """Functions for the state of any optax transformation, not only of ours.
 
-`compress_state` wraps a transformation and keeps its state in one or two bytes a number
-(`_small_state.py`, with the codes in `_codes.py`). `stochastic_apply_updates` adds
-updates to 16-bit parameters; both round at random (`_rounding.py`). `state_shardings`
-says where a state belongs on a mesh of devices, and `check_state_shardings` whether it
-is there (`_shardings.py`). Nothing here knows RMSprop: states are taken apart by the
-paths, shapes and dtypes of their leaves.
+`compress_state` wraps a transformation and stores its state in one or two bytes per
+number (`_small_state.py`); the 8-bit codes are in `_codes.py`.
+`stochastic_apply_updates` adds updates to 16-bit parameters. Both round at random
+(`_rounding.py`). `state_shardings` finds the sharding of each array of a state on a
+mesh of devices, and `check_state_shardings` checks that a state has it
+(`_shardings.py`).
+
+Nothing here depends on RMSprop: a state is taken apart by the paths, shapes and dtypes
+of its leaves.
 """
 
 from optax_rmsprop.wrappers._rounding import stochastic_apply_updates

@@ -1,10 +1,19 @@
-"""Where the state of an optimizer lies on a mesh of devices: as its parameters do.
+"""Shardings for the state of an optimizer: those of its parameters.
 
-JAX decides by itself in three ways. `tx.init(params)` keeps the parameters' shardings.
-So does `jax.jit(tx.init)` on a mesh with explicit axes, inside `jax.set_mesh`. On a
-mesh with automatic axes a compiled init does not: it makes zeros without a look at its
-argument, on one device, or whole on each. And no way replicates the counters. So
-the shardings are found here, from paths and shapes, to be passed to `jax.jit`.
+Without them, the sharding of a new state depends on how init is called. `tx.init` keeps
+the parameters' shardings. So does `jax.jit(tx.init)` on a mesh with explicit axes,
+inside `jax.set_mesh`. On a mesh with automatic axes, the compiled init does not depend
+on the parameters' values, only on their shapes: it makes zeros on one device, or a
+whole copy on each. The counters are replicated in none of these cases. So
+`state_shardings` finds the shardings from paths and shapes, to be passed to `jax.jit`.
+
+An example: the parameter at `['dense']['kernel']` has shape (64, 48) and the sharding
+P('data', None). The state of `rmsprop(momentum=0.9)` has three kinds of leaves:
+
+    path                                shape      sharding
+    [0].count                           ()         replicated: no parameter's path
+    [0].nu['dense']['kernel']           (64, 48)   P('data', None), as the parameter
+    [1].trace['dense']['kernel']        (64, 48)   P('data', None), likewise
 """
 
 from typing import Any
@@ -31,34 +40,35 @@ def state_shardings(
 ) -> optax.OptState:
     """Find the sharding of every array of the state of any optax transformation.
 
-    An array that belongs to a parameter gets the parameter's sharding, all else is
-    replicated. To a parameter belongs what has its shape, at a path that ends with the
-    parameter's own: `.nu['dense']['kernel']` to `['dense']['kernel']`. That is so for
-    codes of `compress_state` too, and inside of `optax.chain`, `optax.masked`,
-    `optax.partition`, `optax.inject_hyperparams` and `optax.MultiSteps`.
+    An array that belongs to a parameter gets the parameter's sharding, and every other
+    array is replicated. An array belongs to a parameter if it has the parameter's shape
+    and its path ends with the parameter's: `.nu['dense']['kernel']` belongs to
+    `['dense']['kernel']`. This covers the codes of `compress_state`, and states inside
+    `optax.chain`, `optax.masked`, `optax.partition`, `optax.inject_hyperparams` and
+    `optax.MultiSteps`.
 
-    Nothing is computed, and no memory is taken: `params` may be shapes alone.
+    Nothing is computed and no memory is allocated: `params` may be shapes alone.
 
     Args:
       tx: any optax transformation.
       params: a tree of arrays, or of `jax.ShapeDtypeStruct` with a sharding, each with
         a `jax.sharding.NamedSharding`, all on one mesh.
-      zero1: an axis of the mesh over which the arrays of the state are partitioned in
-        addition, though the parameters are not (ZeRO, stage 1): in the first dimension
-        that it divides and that no axis partitions. Where there is none, or where the
-        parameter is partitioned over this axis already, an array stays as it is.
+      zero1: an axis of the mesh over which the state is partitioned too, although the
+        parameters are not (ZeRO, stage 1). It partitions the first dimension of an
+        array that no other axis partitions and whose size it divides. Arrays without
+        such a dimension, and those that it partitions already, stay as they are.
 
     Returns:
-      A `NamedSharding` for each leaf of `tx.init(params)`, in its structure: for
-      `out_shardings` of a compiled init, for both shardings of a compiled step, for
-      `jax.device_put` and to restore checkpoints. With `jax.tree.map(lambda s: s.spec,
-      shardings)` they are specs for `jax.shard_map`, but that `formats` of
-      `compress_state` are a shard's own there.
+      A `NamedSharding` for each leaf of `tx.init(params)`, in its structure. Use them
+      as `out_shardings` of a compiled init, as both shardings of a compiled step, in
+      `jax.device_put` and to restore checkpoints. `jax.tree.map(lambda s: s.spec,
+      shardings)` gives specs for `jax.shard_map`, except for the `formats` of
+      `compress_state`: there, every shard has its own.
 
     Raises:
       TypeError: a `tx` without init.
-      ValueError: parameters without a NamedSharding, on more than one mesh, or none at
-        all; an axis that the mesh does not have.
+      ValueError: parameters without a NamedSharding, or on more than one mesh; no
+        parameters at all; an axis that the mesh does not have.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -87,48 +97,50 @@ def state_shardings(
     mesh = _mesh_of(params)
     if zero1 is not None:
         _check_axis(zero1, mesh)
-    of_parameters = {path: (p.shape, p.sharding) for path, p in leaves}
+    parameters = {path: (p.shape, p.sharding) for path, p in leaves}
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def of_leaf(path: Any, x: jax.ShapeDtypeStruct) -> NamedSharding:
-        # The longest end of the path decides, also where the shape then differs, as
-        # that of Adafactor's sums by row: a shorter end is another parameter.
+    def sharding_of(path: Any, x: jax.ShapeDtypeStruct) -> NamedSharding:
+        # The longest end of the path that is a parameter's path decides. With the
+        # parameters ['a']['w'] and ['w'], .nu['a']['w'] belongs to the former, and if
+        # the shapes differ (as Adafactor's sums by row) to none: ['w'] is not tried.
         ends = (path[i:] for i in range(len(path) + 1))
-        owner = next((end for end in ends if end in of_parameters), None)
+        owner = next((end for end in ends if end in parameters), None)
         if owner is None:
             return replicated
-        shape, sharding = of_parameters[owner]
+        shape, sharding = parameters[owner]
         if shape != x.shape:
             return replicated
         return sharding if zero1 is None else _partitioned(sharding, shape, zero1)
 
     shapes = [jax.ShapeDtypeStruct(p.shape, p.dtype) for _, p in leaves]
     state = jax.eval_shape(init, jax.tree.unflatten(structure, shapes))
-    return jax.tree_util.tree_map_with_path(of_leaf, state)
+    return jax.tree_util.tree_map_with_path(sharding_of, state)
 
 
 def check_state_shardings(state: optax.OptState, shardings: optax.OptState) -> None:
-    """Check that a state lies where it should, before a step is compiled for it.
+    """Check that a state has the expected shardings, before a step is compiled for it.
 
-    A state in other places is no error for `jax.jit`: it compiles a second program,
-    moves arrays at every step, or keeps on each device what should be in parts.
+    `jax.jit` accepts a state with other shardings without an error. It then compiles a
+    second program, moves arrays at every step, or keeps whole arrays on each device
+    where shards were meant.
 
     Args:
-      state: the state of an optax transformation, as arrays; not within `jax.jit`,
-        where arrays are in no place yet.
+      state: the state of an optax transformation, as arrays. Traced arrays have no
+        sharding yet, so call this outside of `jax.jit`.
       shardings: what `state_shardings` returned for it, or other shardings in the
         structure of the state.
 
     Returns:
-      None. Shardings that put the same parts on the same devices are as good as each
-      other, also where the names of axes differ, unless axes are explicit. The count
-      after `tx.init(params)` is on one device, though JAX may still move it: that is
-      not replicated.
+      None. Shardings are equal if they put the same shards on the same devices, even if
+      the names of axes differ, unless axes are explicit. The count after
+      `tx.init(params)` is on one device, and therefore not replicated, although JAX may
+      still move it.
 
     Raises:
-      TypeError: a leaf of `shardings` that is no sharding, or has no devices.
-      ValueError: a leaf that lies elsewhere or nowhere, as the first of them; a state
-        with another structure.
+      TypeError: a leaf of `shardings` that is not a sharding, or has no devices.
+      ValueError: a state with another structure; a leaf with another sharding or with
+        none. The error names the first such leaf.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -159,37 +171,40 @@ def check_state_shardings(state: optax.OptState, shardings: optax.OptState) -> N
             raise TypeError(
                 "`shardings` must be jax.sharding.Sharding on devices, got "
                 f"{shown(sharding)} at {at(path)}; NamedSharding(mesh, spec) makes "
-                "one of a spec"
+                "one from a spec"
             )
         got = _sharding_of(leaf)
-        if got is None or not _in_one_place(got, sharding, np.ndim(leaf)):
+        if got is None or not _are_equivalent(got, sharding, np.ndim(leaf)):
             remedy = "jax.device_put(state, shardings) moves it"
             if isinstance(leaf, Tracer):
                 remedy = "call this outside of jax.jit"
             raise ValueError(
                 "`state` must be sharded as in `shardings`, got "
-                f"{_place(got) if got else kind_of(leaf)} at {at(path)}, expected "
-                f"{_place(sharding)}; {remedy}"
+                f"{_text_of(got) if got else kind_of(leaf)} at {at(path)}, expected "
+                f"{_text_of(sharding)}; {remedy}"
             )
 
 
 def _partitioned(
     sharding: NamedSharding, shape: tuple[int, ...], axis: str
 ) -> NamedSharding:
-    """The sharding with one more dimension in parts, if one can be."""
+    """Partition one more dimension over an axis, if there is one that it divides.
+
+    With 4 devices on the axis 'data', a shape of (6, 8) and P() give P(None, 'data').
+    """
     names = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
     if any(axis in (x if isinstance(x, tuple) else (x,)) for x in names):
         return sharding
-    parts = sharding.mesh.shape[axis]
+    devices = sharding.mesh.shape[axis]
     for i, size in enumerate(shape):
-        if not names[i] and size and size % parts == 0:
+        if not names[i] and size and size % devices == 0:
             spec = PartitionSpec(*names[:i], axis, *names[i + 1 :])
             return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
     return sharding
 
 
 def _mesh_of(params: Any) -> Mesh | AbstractMesh:
-    """Check that every array is sharded by name over the same mesh, and return it."""
+    """Return the mesh of the parameters, after a check that it is one for all."""
     leaves = tree_flatten_with_path(params)[0]
     if not leaves:
         raise ValueError(
@@ -213,17 +228,17 @@ def _mesh_of(params: Any) -> Mesh | AbstractMesh:
             )
         if sharding.mesh != first.mesh:
             raise ValueError(
-                f"`params` must be on one mesh, got {_mesh(first.mesh)} at "
-                f"{at(leaves[0][0])} and {_mesh(sharding.mesh)} at {at(path)}; "
-                "jax.device_put moves them"
+                f"`params` must be on one mesh, got {_text_of_mesh(first.mesh)} at "
+                f"{at(leaves[0][0])} and {_text_of_mesh(sharding.mesh)} at "
+                f"{at(path)}; jax.device_put moves them"
             )
     return first.mesh
 
 
 def _check_axis(zero1: Any, mesh: Mesh | AbstractMesh) -> None:
-    """Check the name of an axis of a mesh."""
+    """Check that `zero1` is the name of an axis of the mesh."""
     names = [shown(axis) for axis in mesh.axis_names]
-    if shown(zero1) not in names:  # an array would compare itself by elements
+    if shown(zero1) not in names:  # texts, because == of an array gives an array
         axes = some(names, " or ") or "which has none"
         raise ValueError(
             f"`zero1` must be an axis of the mesh, {axes}, got {shown(zero1)}; name "
@@ -235,7 +250,8 @@ def _is_abstract(sharding: Any) -> bool:
     return isinstance(getattr(sharding, "mesh", None), AbstractMesh)
 
 
-def _in_one_place(got: Any, expected: Any, ndim: int) -> bool:
+def _are_equivalent(got: Any, expected: Any, ndim: int) -> bool:
+    """Whether two shardings put the same shards of an array on the same devices."""
     rank = len(expected.spec) if isinstance(expected, NamedSharding) else 0
     if _is_abstract(got) or rank > ndim or not got.is_equivalent_to(expected, ndim):
         return False
@@ -246,20 +262,23 @@ def _in_one_place(got: Any, expected: Any, ndim: int) -> bool:
 
 
 def _sharding_of(leaf: Any) -> Any:
-    """None for what is no array, and within `jax.jit`, where it is not known."""
+    """Return the sharding of an array, or None if it is traced or not an array."""
     return None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
 
 
-def _place(sharding: Any) -> str:
+def _text_of(sharding: Any) -> str:
     if not isinstance(sharding, NamedSharding):
         return short(str(sharding), 140)
     memory = sharding.memory_kind
     within = f" in {memory}" if memory not in (None, "device", "unpinned_host") else ""
-    return short(f"{sharding.spec} on {_mesh(sharding.mesh)}{within}", 140)
+    return short(f"{sharding.spec} on {_text_of_mesh(sharding.mesh)}{within}", 140)
 
 
-def _mesh(mesh: Any) -> str:
-    """Axes, their kinds and, which the mesh's own text leaves out, its devices."""
+def _text_of_mesh(mesh: Any) -> str:
+    """Show a mesh with its axes, their types and its devices.
+
+    The mesh's own text leaves the devices out.
+    """
     text = ", ".join(f"{name!r}: {size}" for name, size in mesh.shape.items())
     text += f"; {'/'.join(sorted({kind.name for kind in mesh.axis_types}))}"
     if isinstance(mesh, Mesh):

@@ -1,12 +1,15 @@
-"""Optimizer states of one or two bytes per number, and 16-bit parameters that learn.
+"""Optimizer states in one or two bytes per number.
 
-Where this differs from the 8-bit optimizers of bitsandbytes:
+This differs from the 8-bit optimizers of bitsandbytes:
 
 1. It wraps any optax transformation, on any backend, and all of its options apply.
-2. Codes have the parameter's shape and one scale an array, so they are sharded as the
-   parameter is. Blocks of 256 would cut across, and cost a TPU copies of the array.
-3. Rounding is at random. To the nearest, an average of steady numbers comes to rest.
-4. A second moment does not become 0 where its scale is known: it would lengthen steps.
+2. Codes have the parameter's shape, and one scale for the whole array, so they are
+   sharded as the parameter is. Blocks of 256 numbers would cross the shards, and a TPU
+   would have to copy the array.
+3. Rounding is at random. An average rounded to the nearest level stops moving as soon
+   as its steps are shorter than half the distance between levels.
+4. A second moment does not become 0 once its scale is known, because that would
+   lengthen steps.
 """
 
 import functools
@@ -25,27 +28,40 @@ from optax_rmsprop._errors import at, kind_of, short, shown
 from optax_rmsprop._numerics import cast
 from optax_rmsprop.wrappers import _codes
 from optax_rmsprop.wrappers._codes import Format
-from optax_rmsprop.wrappers._rounding import random_words, stochastic_round
+from optax_rmsprop.wrappers._rounding import random_axis_bits, stochastic_round
+
+
+class Formats(NamedTuple):
+    """How the arrays of a `CompressedState` are encoded, now and at the next update.
+
+    Attributes:
+      current: the format of the codes in the state, with which they are decoded.
+      next: the format with which the next update encodes its numbers.
+    """
+
+    current: Format
+    next: Format
 
 
 class CompressedState(NamedTuple):
-    """State of `compress_state`; `decompress_state` makes that of `tx` of it.
+    """State of `compress_state`. `decompress_state` converts it back to `tx`'s state.
 
     Attributes:
-      count: int32 scalar, the number of updates made. With the seed, all randomness
-        comes from it.
-      inner: the state of `tx`, in its own structure and shapes, with uint8 codes or
-        bfloat16 numbers in place of those of the arrays that are compressed.
-      formats: for uint8, how the arrays are decoded, and how the next numbers will be
-        encoded: vectors with an entry for each array. For bfloat16, or if nothing is
-        compressed, None.
-      dtypes: for each leaf of `inner` a 0 in its own dtype, None if it is not
-        compressed.
+      count: int32 scalar, the number of updates made. With the seed, it determines all
+        random bits.
+      inner: the state of `tx`, in its own structure and shapes. The arrays that are
+        compressed consist of uint8 codes or bfloat16 numbers.
+      formats: for uint8 a tuple with the fields `current`, the format of the codes, and
+        `next`, the format of the codes that the next update makes. Each has a `kind`
+        and an `exponent`, vectors with an entry for each compressed array. None for
+        bfloat16, and if nothing is compressed.
+      dtypes: for each leaf of `inner` a 0 in the dtype that it has without compression,
+        or None if it is not compressed.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
     inner: optax.OptState
-    formats: tuple[Format, Format] | None
+    formats: Formats | None
     dtypes: tuple[jax.Array | None, ...]
 
 
@@ -60,47 +76,51 @@ def compress_state(
 
         s      = decode(codes)
         u, s   = tx.update(g, s, p)
-        codes <- encode(s)                  up or down at random, to a level next to s
+        codes <- encode(s)                  rounded up or down at random, to a level
 
-    Updates are made of the exact new state; only what is kept is rounded. The odds are
-    those that make its mean the exact number, so that averages move however small
-    their steps are: rounding to the nearest would freeze them.
+    Updates are computed from the exact new state; only the stored state is rounded. The
+    probabilities are such that the mean of the stored number is the exact number. So
+    averages move however small their steps are. Rounded to the nearest, they would
+    freeze.
 
-    bfloat16 has levels 0.4 to 0.8 % of a number apart. uint8 has, in a non-negative
-    array, levels some 5 % apart near its largest number, 12 % at 2⁻¹⁰ of it, and the
-    last at about 2⁻³⁵: smaller numbers become that one, not 0. In an array with both
-    signs they are 10 % apart, 23 % at 2⁻¹⁰, and the last before 0 at about 2⁻²⁷.
+    The levels of bfloat16 are 0.4 to 0.8 % of a number apart. Those of uint8 are some
+    5 % apart near the largest number of a non-negative array, and 12 % at 2⁻¹⁰ of it.
+    The smallest level is about 2⁻³⁵ of it, and smaller numbers become that level, not
+    0. In an array with both signs, levels are 10 % apart, 23 % at 2⁻¹⁰, and the last
+    level before 0 is at about 2⁻²⁷.
 
-    After an array was all 0, numbers are looked for in [2⁻⁶², 2⁶⁵] and [2⁻¹²⁶, 2] in
-    turn, with levels a factor of 2 apart. For that update, larger ones are held at the
-    end and smaller ones may become 0. So are, for an update or more, numbers over 4
-    times the largest before, and the first negative ones of an array that had none
-    become 0. While an array has a NaN, its scale stays.
+    The scale of a uint8 array comes from the codes of the update before. Numbers more
+    than 4 times the largest one there are clipped, for an update or more. The first
+    negative numbers of an array that had none become 0 for an update. After an array
+    was all 0, two ranges are tried in turn, [2⁻⁶², 2⁶⁵] and [2⁻¹²⁶, 2], with levels a
+    factor of 2 apart. For that update, larger numbers are clipped, and smaller ones may
+    become 0. While an array has a NaN, its scale stays the same.
 
     Args:
-      tx: any optax transformation. Chained, wrap the part whose state is large. With
-        float64 parameters keep its averages in float32 (in rmsprop by
-        accumulator_dtype=jnp.float32): what is kept has the range of float32.
+      tx: any optax transformation. In a chain, wrap the part whose state is large. With
+        float64 parameters, let it average in float32 (in rmsprop by
+        accumulator_dtype=jnp.float32), because codes have the range of float32.
       dtype: jnp.bfloat16 or jnp.uint8.
       seed: a Python integer in [0, 2³²). The same seed gives the same bits, also in
         the shards of `jax.shard_map`, the runs of `jax.vmap`, and the parts of a chain.
-      min_size: the least number of elements, in [0, ∞), of an array that is compressed.
+      min_size: arrays with fewer elements than this are not compressed, in [0, ∞).
 
     Returns:
-      A transformation with the updates of `tx`, and with `CompressedState`. Compressed
-      are tx's floating-point arrays that have a parameter's shape, at least `min_size`
-      elements and one axis, and more bytes than `dtype`; all else is kept as it is. For
-      each, uint8 adds 20 bytes and bfloat16 4. Under `jax.shard_map`, where
-      shapes and sizes are a shard's, partition `formats` over all axes of the mesh that
-      partition an array: every shard has its own. Else they are replicated, as
+      A transformation that makes the updates of `tx`, and whose state is a
+      `CompressedState`. It compresses the floating-point arrays of tx's state that have
+      the shape of a parameter, at least `min_size` elements and one axis, and more
+      bytes than in `dtype`. The rest is stored as it is. For each compressed array,
+      uint8 adds 20 bytes and bfloat16 4. Under `jax.shard_map`, where shapes and sizes
+      are those of a shard, every shard has its own `formats`: partition them over all
+      axes of the mesh that partition an array. Otherwise they are replicated, as
       `jax.jit(tx.init)` makes them.
 
     Raises:
-      TypeError: a `tx` that is no optax transformation; a seed or size that is no
-        integer; an array of the state that does not stay floating point.
+      TypeError: a `tx` that is not an optax transformation; a seed or size that is not
+        an integer; an array of the state that does not stay floating point.
       ValueError: another dtype; a number out of its range; a large array of the state
-        in float64 or of integers; a state that is compressed already, or made with
-        another dtype or without compression.
+        in float64 or of integers; a state that is compressed already, that was made
+        with another dtype, or that is not compressed.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,7 +140,7 @@ def compress_state(
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
             f"`tx` must be an optax.GradientTransformation, got {shown(tx)}; "
-            "of optax.MultiSteps pass its gradient_transformation()"
+            "for optax.MultiSteps pass its gradient_transformation()"
         )
     dtype = _storage_dtype(dtype)
     seed = _errors.integer("seed", seed, high=2**32)
@@ -136,12 +156,14 @@ def compress_state(
             )
         count = jnp.zeros([], jnp.int32)
         if not jax.tree.leaves(params):
-            # None, or those for which optax.tree_map_params has a placeholder: it maps
-            # over `inner` alone if the other fields are one leaf each.
+            # No parameters, or placeholders with which optax.tree_map_params calls
+            # init to find out where parameters are. It then maps over `inner` alone,
+            # if each of the other fields is a single leaf.
             return CompressedState(count, inner, *jnp.zeros(2, jnp.int32))
         shapes = {np.shape(p) for p in jax.tree.leaves(params)}
 
-        def dtype_of(path: Any, x: Any) -> jax.Array | None:
+        def own_dtype(path: Any, x: Any) -> jax.Array | None:
+            """Return 0 in the dtype of a leaf that is to be compressed, else None."""
             shape, size = np.shape(x), np.size(x)
             of_parameter = shape in shapes and shape != ()
             if not of_parameter or size == 0 or size < min_size:
@@ -151,11 +173,11 @@ def compress_state(
             saves = x.dtype.itemsize > dtype.itemsize
             return jnp.zeros([], x.dtype) if floating and saves else None
 
-        dtypes = tuple(dtype_of(*leaf) for leaf in tree_flatten_with_path(inner)[0])
+        dtypes = tuple(own_dtype(*leaf) for leaf in tree_flatten_with_path(inner)[0])
         format = None
-        if dtype == jnp.uint8 and (arrays := _selected(inner, dtypes)):
-            wide = [cast(x, jnp.float32) for _, x in arrays]
-            lowest, highest = ([f(x) for x in wide] for f in (jnp.min, jnp.max))
+        if dtype == jnp.uint8 and (arrays := _compressed_arrays(inner, dtypes)):
+            numbers = [cast(x, jnp.float32) for _, x in arrays]
+            lowest, highest = ([f(x) for x in numbers] for f in (jnp.min, jnp.max))
             format = _codes.first_format(jnp.stack(lowest), jnp.stack(highest))
         return _compress(count, inner, format, dtypes, seed)
 
@@ -165,55 +187,35 @@ def compress_state(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, CompressedState]:
-        _errors.same_state(state, CompressedState)
-        _errors.count("state", state.count)
-        dtypes = _dtypes(state)
-        leaves, compressed = jax.tree.leaves(state.inner), len(jax.tree.leaves(dtypes))
-        whole = len(dtypes) == len(leaves)
-        for path, x in _selected(state.inner, dtypes) if whole else ():
-            _check_stored(x, dtype, path)
-        formats = state.formats if compressed and state.formats is not None else ()
-        is_vector = lambda x: not isinstance(x, tuple | list)  # noqa: E731
-        given = [np.shape(x) for x in jax.tree.leaves(formats, is_leaf=is_vector)]
-        has_formats = compressed and dtype == jnp.uint8
-        expected = [(compressed,)] * 2 * len(Format._fields) if has_formats else []
-        remedy = "make it with the init of this transformation"
-        if not whole or given != expected:
-            raise ValueError(
-                f"`state` must have `dtypes` for {len(leaves)} leaves and `formats` of "
-                f"shapes {expected}, got {len(dtypes)} and "
-                f"{short(str(given))}; {remedy}"
-            )
-        for i, own in enumerate(dtypes):
-            if own is not None:
-                path = GetAttrKey("dtypes"), SequenceKey(i)
-                _errors.inexact("state", own, path, remedy=remedy, real=True)
+        _check_state(state, dtype)
         old = decompress_state(state)
         updates, inner = tx.update(updates, old, params, **extra_args)
-        for path, x in _selected(inner, dtypes):
+        dtypes = _dtypes(state)
+        arrays = _compressed_arrays(inner, dtypes)
+        for path, x in arrays:
             remedy = "as it was in init"
             _errors.inexact("state", x, path, remedy=remedy, real=True)
         count = optax.safe_increment(state.count)
-        if not compressed:
+        if not arrays:
             return updates, state._replace(count=count, inner=inner)
-        format = state.formats and state.formats[1]
+        format = None if state.formats is None else Formats(*state.formats).next
         return updates, _compress(count, inner, format, dtypes, seed)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def decompress_state(state: optax.OptState) -> optax.OptState:
-    """Turn every `CompressedState` in a state into that of the wrapped transformation.
+    """Replace every `CompressedState` in a state by the state of its transformation.
 
-    To read averages, to continue without compression, or for `to_torch`.
+    Use it to read averages, to continue without compression, or before `to_torch`.
 
     Args:
-      state: the state of `compress_state`, or of a chain or another transformation
-        around it.
+      state: the state of `compress_state`, or of a chain or another transformation that
+        contains it.
 
     Returns:
-      The state that the same transformations have without `compress_state`, in the
-      shapes and dtypes it had there. It holds what the codes stand for.
+      The state that the same transformations have without `compress_state`, in its
+      structure, shapes and dtypes, with the numbers that the codes stand for.
 
     Raises:
       ValueError: a state without a `CompressedState`.
@@ -243,7 +245,7 @@ def decompress_state(state: optax.OptState) -> optax.OptState:
 
 
 def _storage_dtype(dtype: Any) -> np.dtype:
-    """Check the dtype in which to keep a state: bfloat16 or uint8."""
+    """Return the dtype that a state is to be compressed to: bfloat16 or uint8."""
     given = _errors.as_dtype(dtype)
     if given is None:
         raise ValueError(
@@ -261,32 +263,53 @@ def _storage_dtype(dtype: Any) -> np.dtype:
     return given
 
 
-def _check_stored(leaf: Any, dtype: np.dtype, path: Any) -> None:
-    """Check the dtype in which an array of a state has been kept."""
-    given = _errors.dtype_of(leaf)
-    if given != dtype:
-        raise ValueError(
-            f"`state` must be compressed to {dtype}, got {given or kind_of(leaf)} at "
-            f"{at(path)}; use the dtype with which it was made, or call init again"
-        )
-
-
 def _check_compressible(leaf: Any, path: Any) -> None:
-    """Check that a large array of a state has numbers in the range of float32."""
+    """Check that a large array of a state is floating point, and not in float64."""
     dtype = jnp.result_type(leaf)
     why = ""
     if jnp.issubdtype(dtype, jnp.integer):
         why = "leave integer parameters out with optax.masked"
     elif dtype == jnp.float64:
         why = (
-            "what is kept has the range of float32: keep averages in float32, in "
-            "rmsprop by accumulator_dtype=jnp.float32"
+            "codes have the range of float32: keep averages in float32, in rmsprop by "
+            "accumulator_dtype=jnp.float32"
         )
     if why:
         raise ValueError(
             "`tx` must keep floating-point numbers of at most 32 bits in a "
             f"parameter's shape, got {dtype} at {at(path)}; {why}"
         )
+
+
+def _check_state(state: Any, dtype: np.dtype) -> None:
+    """Check that a state is compressed to this dtype, and complete."""
+    _errors.same_state(state, CompressedState)
+    _errors.count("state", state.count)
+    dtypes = _dtypes(state)
+    size, compressed = len(jax.tree.leaves(state.inner)), len(jax.tree.leaves(dtypes))
+    complete = len(dtypes) == size
+    for path, x in _compressed_arrays(state.inner, dtypes) if complete else ():
+        given = _errors.dtype_of(x)
+        if given != dtype:
+            raise ValueError(
+                f"`state` must be compressed to {dtype}, got {given or kind_of(x)} at "
+                f"{at(path)}; use the dtype with which it was made, or call init again"
+            )
+    formats = state.formats if compressed and state.formats is not None else ()
+    is_vector = lambda x: not isinstance(x, tuple | list)  # noqa: E731
+    shapes = [np.shape(x) for x in jax.tree.leaves(formats, is_leaf=is_vector)]
+    has_formats = compressed and dtype == jnp.uint8
+    expected = [(compressed,)] * 2 * len(Format._fields) if has_formats else []
+    remedy = "make it with the init of this transformation"
+    if not complete or shapes != expected:
+        raise ValueError(
+            f"`state` must have `dtypes` for {size} leaves and `formats` of shapes "
+            f"{expected}, got {len(dtypes)} and {short(str(shapes))}; {remedy}"
+        )
+    for i, own in enumerate(dtypes):
+        if own is not None:
+            path = GetAttrKey("dtypes"), SequenceKey(i)
+            _errors.inexact("state", own, path, remedy=remedy, real=True)
 
 
 def _compress(
@@ -296,45 +319,51 @@ def _compress(
     dtypes: tuple[jax.Array | None, ...],
     seed: int,
 ) -> CompressedState:
-    """The state of this count and inner state: in bfloat16 if there is no format."""
-    arrays = [x for _, x in _selected(inner, dtypes)]
+    """Compress an inner state: to codes in this format, or without one to bfloat16."""
+    arrays = [x for _, x in _compressed_arrays(inner, dtypes)]
     key = jax.random.key(np.uint32(seed), impl="threefry2x32")
     key = jax.random.fold_in(key, count)
-    words = random_words(key, [x.shape for x in arrays])
+    axis_bits = random_axis_bits(key, [x.shape for x in arrays])
     if format is None:
-        pairs = zip(arrays, words, strict=True)
-        new = [stochastic_round(x, jnp.bfloat16, its_words) for x, its_words in pairs]
+        pairs = zip(arrays, axis_bits, strict=True)
+        new = [stochastic_round(x, jnp.bfloat16, bits) for x, bits in pairs]
         return CompressedState(count, _replaced(inner, dtypes, new), None, dtypes)
-    rows = zip(arrays, _entries(format), words, strict=True)
+    rows = zip(arrays, _entries(format), axis_bits, strict=True)
     codes, lowest, highest = zip(*(_codes.encode(*row) for row in rows), strict=True)
     following = _codes.next_format(format, jnp.stack(lowest), jnp.stack(highest))
     inner = _replaced(inner, dtypes, codes)
-    return CompressedState(count, inner, (format, following), dtypes)
+    return CompressedState(count, inner, Formats(format, following), dtypes)
 
 
 def _decompress(state: CompressedState) -> optax.OptState:
     dtypes = _dtypes(state)
-    arrays = [x for _, x in _selected(state.inner, dtypes)]
-    owns = [_errors.dtype_of(own) for own in dtypes if own is not None]
-    if not state.formats:
-        new = [x.astype(own) for x, own in zip(arrays, owns, strict=True)]
+    arrays = [x for _, x in _compressed_arrays(state.inner, dtypes)]
+    if not arrays:
+        return state.inner
+    own_dtypes = [_errors.dtype_of(own) for own in dtypes if own is not None]
+    if state.formats is None:
+        new = [x.astype(dtype) for x, dtype in zip(arrays, own_dtypes, strict=True)]
     else:
-        rows = zip(arrays, _entries(state.formats[0]), owns, strict=True)
+        formats = _entries(Formats(*state.formats).current)
+        rows = zip(arrays, formats, own_dtypes, strict=True)
         new = [_codes.decode(*row) for row in rows]
     return _replaced(state.inner, dtypes, new)
 
 
 def _dtypes(state: CompressedState) -> tuple[jax.Array | None, ...]:
-    """For each leaf of the inner state; of no parameters there are none."""
+    """Return the entry of `dtypes` for each leaf of `inner`.
+
+    A state without parameters has a placeholder there: nothing is compressed.
+    """
     if isinstance(state.dtypes, tuple | list):
         return tuple(state.dtypes)
     return (None,) * len(jax.tree.leaves(state.inner))
 
 
-def _selected(
+def _compressed_arrays(
     inner: optax.OptState, dtypes: tuple[jax.Array | None, ...]
 ) -> list[tuple[Any, jax.Array]]:
-    """Path and value of each array that is compressed."""
+    """Return path and value of each array that is or will be compressed."""
     leaves, _ = tree_flatten_with_path(inner)
     pairs = zip(leaves, dtypes, strict=True)
     return [leaf for leaf, own in pairs if own is not None]
@@ -345,19 +374,19 @@ def _replaced(
     dtypes: tuple[jax.Array | None, ...],
     new: Sequence[jax.Array],
 ) -> optax.OptState:
-    """The state with others in place of the arrays that are compressed."""
-    following = iter(new)
+    """Replace the arrays that are or will be compressed by the arrays of `new`."""
+    replacements = iter(new)
     pairs = zip(jax.tree.leaves(inner), dtypes, strict=True)
-    leaves = [x if own is None else next(following) for x, own in pairs]
+    leaves = [x if own is None else next(replacements) for x, own in pairs]
     return jax.tree.unflatten(jax.tree.structure(inner), leaves)
 
 
-def _entries(vectors: Any) -> list[Any]:
-    """A tree of vectors as a list of trees of scalars."""
-    size = len(jax.tree.leaves(vectors)[0])
+def _entries(format: Format) -> list[Format]:
+    """Split a format of several arrays into formats with scalars, one per array."""
     entry = functools.partial(jax.lax.index_in_dim, keepdims=False)
     return [
-        jax.tree.map(functools.partial(entry, index=i), vectors) for i in range(size)
+        jax.tree.map(functools.partial(entry, index=i), format)
+        for i in range(len(format.kind))
     ]
 
 

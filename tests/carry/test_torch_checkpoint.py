@@ -401,5 +401,5 @@ def test_a_buffer_with_learning_rates_inside_goes_to_no_optimizer_without():
 def test_timm_with_caution_is_refused():
     model, optimizer = live_timm(TIMM["runs"][0])
     optimizer.param_groups[0]["caution"] = True
-    with pytest.raises(ValueError, match="`caution` must be False, for we do not"):
+    with pytest.raises(ValueError, match="`caution` must be False, because other"):
         from_torch(model, optimizer, port)

@@ -16,15 +16,15 @@ from optax_rmsprop.wrappers._codes import (
     first_format,
     next_format,
 )
-from optax_rmsprop.wrappers._rounding import LONG, random_bits, random_words
+from optax_rmsprop.wrappers._rounding import LONG, random_axis_bits, random_bits
 
 MANY = 40_000
 
 
 def encoded(x, to, seed):
     """Codes of one array, their format, and that for the next numbers."""
-    (words,) = random_words(jax.random.key(seed), [x.shape])
-    codes, *extremes = encode(x, to, words)
+    (axis_bits,) = random_axis_bits(jax.random.key(seed), [x.shape])
+    codes, *extremes = encode(x, to, axis_bits)
     return codes, to, next_format(to, *extremes)
 
 
@@ -103,6 +103,21 @@ def test_the_next_numbers_know_the_kind_and_the_scale():
         codes = following(x, following(x, codes))
         assert codes[1].kind == kind
         np.testing.assert_allclose(decoded(*codes), x, atol=0.15)
+
+
+def test_the_worked_examples_of_the_module():
+    format = Format(jnp.int32(NON_NEGATIVE), jnp.int32(0))
+    levels = decode(jnp.arange(1, 14, dtype=jnp.uint8), format, jnp.dtype("float32"))
+    expected = [0, 1, 3, 7, 15, 31, 63, 127, 255, 383, 511, 767, 1023]
+    np.testing.assert_array_equal(levels, expected)
+    assert set(np.unique(encoded(jnp.full(MANY, 5.0), format, 0)[0])) == {3, 4}
+    assert first_format(jnp.float32(0), jnp.float32(3)) == (NON_NEGATIVE, -34)
+    x = jnp.array([0.0, 3.0])
+    unknown = Format(jnp.int32(UNKNOWN), jnp.int32(WINDOWS[0]))
+    codes, _, found = encoded(x, unknown, 0)
+    assert (codes.tolist(), found) == ([128, 192], (NON_NEGATIVE, -33))
+    codes, _, same = encoded(x, found, 0)
+    assert (codes.tolist(), same) == ([2, 161], found)
 
 
 # Per kind: where x is relative to the largest number, and the distance of its levels.
@@ -251,8 +266,8 @@ def test_codes_decode_to_the_dtype_of_the_array_and_stay_finite(dtype):
 def test_random_bits_are_uniform_and_differ_from_step_to_step():
     shape = (100, 100)
     keys = map(jax.random.key, range(20))
-    words = [random_words(key, [shape])[0] for key in keys]
-    bits = np.stack([random_bits(shape, 15, w) for w in words])
+    axis_bits = [random_axis_bits(key, [shape])[0] for key in keys]
+    bits = np.stack([random_bits(shape, 15, w) for w in axis_bits])
     uniform = (bits + 0.5) / 2**15
     assert abs(uniform.mean() - 0.5) < 5 * np.sqrt(1 / 12 / bits.size)
     assert abs(uniform.var() - 1 / 12) < 5 * np.sqrt(1 / 180 / bits.size)
@@ -321,9 +336,9 @@ def test_a_nan_keeps_the_kind_and_the_scale_but_not_the_window(kind):
 @pytest.mark.parametrize("kind", [UNKNOWN, NON_NEGATIVE, SIGNED])
 def test_numbers_beyond_the_range_have_the_last_codes(kind):
     x = jnp.asarray([3e38, -3e38])
-    (words,) = random_words(jax.random.key(0), [x.shape])
+    (axis_bits,) = random_axis_bits(jax.random.key(0), [x.shape])
     to = Format(jnp.int32(kind), jnp.int32(-62))
-    codes, lowest, highest = encode(x, to, words)
+    codes, lowest, highest = encode(x, to, axis_bits)
     np.testing.assert_array_equal(codes, [255, 1])
     assert (lowest, highest) == (1, 255)
 
@@ -348,8 +363,8 @@ def test_minus_zero_is_no_negative_number():
 def test_words_differ_by_key_and_by_array(shape):
     runs = []
     for seed in range(4):
-        for words in random_words(jax.random.key(seed), [shape, shape]):
-            bits = np.asarray(random_bits(shape, 15, words)).ravel()
+        for axis_bits in random_axis_bits(jax.random.key(seed), [shape, shape]):
+            bits = np.asarray(random_bits(shape, 15, axis_bits)).ravel()
             runs.append((bits + 0.5) / 2**15 - 0.5)
     limit = 6 / np.sqrt(runs[0].size)
     for i, run in enumerate(runs):

@@ -280,6 +280,17 @@ def test_orbax_brings_a_state_back(dtype, tmp_path):
     chex.assert_trees_all_equal_dtypes(restored, state)
 
 
+def test_a_state_saved_before_its_formats_had_names_goes_on():
+    params = jnp.linspace(1, 2, 4096)
+    tx = compress_state(rmsprop(), "uint8")
+    state = tx.update(params, tx.init(params))[1]
+    saved = state._replace(formats=tuple(state.formats))
+    chex.assert_trees_all_equal(decompress_state(saved), decompress_state(state))
+    expected, after = (tx.update(params, s) for s in (state, saved))
+    chex.assert_trees_all_equal(after, expected)
+    assert (after[1].formats.current.exponent == state.formats.next.exponent).all()
+
+
 @in_either
 def test_vmap_over_learning_rates_equals_one_run_each(dtype):
     params, noise = problem()
