@@ -1,4 +1,4 @@
-"""What several examples need: a command line, digits, steps in torch, figures.
+"""Parts that several examples share: command line, digits, steps in torch, figures.
 
 torch, scikit-learn and matplotlib are imported where they are used, because not every
 example needs them.

@@ -33,7 +33,7 @@ LAYERS = {"embed": "embedding", "cell": "GRU", "head": "output"}
 
 
 def texts() -> tuple[str, str]:
-    """What to train on, and what is held out. No paragraph is in both."""
+    """The text to train on and the one that is held out. No paragraph is in both."""
     paragraphs = "\n\n".join(topics.values()).split("\n\n")
     # Many topics repeat others, some with another indentation.
     distinct = {" ".join(p.split()): p for p in paragraphs}

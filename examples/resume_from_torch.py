@@ -7,8 +7,8 @@ trains the network of port_from_torch.py for five epochs in torch, saves a check
 goes on from it in Flax for five, and for the last five in torch again; and beside it a
 run that stays in torch. It ends with lines like
 
-    held-out accuracy 97.8% of the run that moved, 97.8% of the other
-    parameters within 1e-06, losses within 3e-07
+    held-out accuracy 99.1% of the run that moved, 99.1% of the other
+    parameters within 1e-06, losses within 8e-07
 """
 
 import itertools

@@ -57,15 +57,13 @@ def test_a_run_among_many_is_a_run_by_itself(sweep):
     settings = [sweep.SETTINGS[number] for number in (27, 80, 85)]
     assert {s["momentum"] for s in settings} == {0.0, 0.5, 0.9}
     together = train(sweep, settings, 2, digits)
-    for seed, number in ((0, 0), (1, 2)):
-        setting = settings[number]
-        alone = single_run(sweep, setting, seed, digits)
-        other = {**setting, "eps": setting["eps"] + 1e-3}  # observed: 3e-4
-        control = single_run(sweep, other, seed, digits)
-        for name, p in alone.items():
-            found = together[name][seed, number]
-            np.testing.assert_allclose(found, p, rtol=0, atol=TOLERANCE)
-            assert np.abs(found - control[name]).max() > 10 * TOLERANCE
+    alone = single_run(sweep, settings[2], 1, digits)
+    other = {**settings[2], "eps": settings[2]["eps"] + 1e-3}  # observed: 3e-4
+    control = single_run(sweep, other, 1, digits)
+    for name, p in alone.items():
+        found = together[name][1, 2]
+        np.testing.assert_allclose(found, p, rtol=0, atol=TOLERANCE)
+        assert np.abs(found - control[name]).max() > 10 * TOLERANCE
 
 
 def test_a_setting_with_a_run_that_is_nan_loses(sweep):
@@ -77,6 +75,7 @@ def test_a_setting_with_a_run_that_is_nan_loses(sweep):
     assert rows[2]["loss_std"] == pytest.approx(losses[:, 2].std())
 
 
+@pytest.mark.slow
 def test_unstable_runs_are_torchs_in_float64(sweep, monkeypatch, x64):
     pytest.importorskip("torch")
     monkeypatch.syspath_prepend(BENCHMARKS)

@@ -48,8 +48,10 @@ def test_the_port_keeps_the_runs_together(port_from_torch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["another dialect", "no mask"])
 def test_another_optimizer_parts(port_from_torch, change, monkeypatch, capsys):
+    torchs = dialects.torch
+
     def without_mask(*args, weight_decay_mask, **kwargs):
-        return dialects.torch(*args, **kwargs)
+        return torchs(*args, **kwargs)
 
     other = {"another dialect": dialects.timm, "no mask": without_mask}[change]
     monkeypatch.setattr(dialects, "torch", other)

@@ -110,32 +110,31 @@ def test_a_run_that_is_stopped_has_a_checkpoint_of_its_last_step(
     assert train("stopped", 5) == train("whole", 5)
 
 
-LONG = ["preemptible.py", "--steps=400", "--save-every=5"]
+LONG = ["preemptible.py", "--steps=200", "--save-every=5"]
 
 
 @pytest.mark.slow
 def test_killed_at_random_points_it_ends_with_the_same_bits(tmp_path):
     rng, firsts = random.Random(0), []
     killed, untouched = (f"--checkpoints={tmp_path / name}" for name in "ab")
-    for number in signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM:
+    for number in signal.SIGKILL, signal.SIGINT, signal.SIGKILL:
         process = start(*LONG, killed)
-        # The first line says where it starts; each further one is of a checkpoint,
-        # which is still being written when the line comes.
-        lines = [process.stdout.readline() for _ in range(1 + rng.randrange(1, 5))]
+        # The first line says where it starts, each further one that a checkpoint has
+        # begun. The one before it is complete then, and itself is still being written.
+        lines = [process.stdout.readline() for _ in range(rng.randrange(3, 6))]
         time.sleep(rng.uniform(0, 0.03))
         process.send_signal(number)
         _, err = process.communicate()
         firsts.append(int(lines[0].split()[-1]))
-        if number == signal.SIGKILL:
-            assert process.returncode == -signal.SIGKILL
-        else:
+        if number == signal.SIGINT:
             assert process.returncode == 1
             assert "give the same command to go on" in err
-    assert firsts == sorted(firsts)
-    assert len(set(firsts)) >= 3  # it did go on, from one step after the other
+        else:
+            assert process.returncode == -signal.SIGKILL
+    assert 0 == firsts[0] < firsts[1] < firsts[2]  # it did go on
     ends = [run(*LONG, folder) for folder in (killed, untouched)]
     assert ends[0][0] != "starting at step 0" == ends[1][0]
-    assert re.fullmatch(r"step 400: held-out .* parameters \w{16}", ends[0][-1])
+    assert re.fullmatch(r"step 200: held-out .* parameters \w{16}", ends[0][-1])
     assert ends[0][-1] == ends[1][-1]
     assert not list((tmp_path / "a").glob("*tmp*"))
 
