@@ -41,14 +41,12 @@ def run_in_torch(setting, params, batches, digits):
     torch.set_num_threads(1)  # at this size more are slower
     images, held_out_images, labels, held_out_labels = map(torch.from_numpy, digits)
     labels, held_out_labels = labels.long(), held_out_labels.long()
+    images, held_out_images = images.flatten(1), held_out_images.flatten(1)
     model = nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(64, example.HIDDEN),
-        nn.Tanh(),
-        nn.Linear(example.HIDDEN, 10),
+        nn.Linear(64, example.HIDDEN), nn.Tanh(), nn.Linear(example.HIDDEN, 10)
     ).to(images.dtype)
     with torch.no_grad():
-        for layer, name in ((model[1], "in"), (model[3], "out")):
+        for layer, name in ((model[0], "in"), (model[2], "out")):
             layer.weight.copy_(torch.tensor(params[name].T))
             layer.bias.copy_(torch.tensor(params[f"{name}_bias"][0]))
     optimizer = torch.optim.RMSprop(
