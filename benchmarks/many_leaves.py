@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from optax_rmsprop import rmsprop
 from step import (
     HYPERPARAMETERS,
     OPTIONS,
@@ -26,8 +28,6 @@ from step import (
     spread,
     take_turns,
 )
-
-from optax_rmsprop import rmsprop
 
 SIZE = 1000
 TABLE_HEAD = """\

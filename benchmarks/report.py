@@ -1,68 +1,30 @@
-"""Redraw the tables and figures of the benchmarks from their records.
+"""Redraw the figures of the benchmarks from their records.
 
     python benchmarks/report.py
 
-Every table of docs/benchmarks.md and docs/scale.md that has a record in
-benchmarks/results is made anew, and results/step-BACKEND.png for CPU, GPU and TPU.
+makes results/step-BACKEND.png for CPU, GPU and TPU, and docs/figures/small_state.png.
+`python docs/tables` makes the tables.
 """
 
 import json
-import re
 from pathlib import Path
 
-import carry
-import many_leaves
 import matplotlib
+
 import small_state
-import small_state_cost
 import step
-import tpu
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
 FOLDER = Path(__file__).parent
-DOCS = FOLDER.parent / "docs"
-PAGES = DOCS / "benchmarks.md", DOCS / "scale.md"
-# The record, the first lines of its table, and what makes the others.
-TABLES = {
-    "step-cpu": (step.TABLE_HEAD, step.table_line),
-    "step-gpu": (step.TABLE_HEAD, step.table_line),
-    "step-tpu": (tpu.TABLE_HEAD, tpu.table_line),
-    "carry": (carry.TABLE_HEAD, carry.table_line),
-    "many_leaves": (many_leaves.TABLE_HEAD, many_leaves.table_line),
-    "small_state": (small_state.TABLE_HEAD, small_state.table_line),
-    "small_state_cost-cpu": (
-        small_state_cost.TABLE_HEAD,
-        small_state_cost.table_line,
-    ),
-    "small_state_cost-tpu": (
-        small_state_cost.TPU_TABLE_HEAD,
-        small_state_cost.tpu_table_line,
-    ),
-}
+FIGURES = FOLDER.parent / "docs" / "figures"
 
 
 def record(name):
     path = FOLDER / "results" / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def table(name):
-    head, line = TABLES[name]
-    return "\n".join([head, *(line(*row) for row in record(name)["rows"].items())])
-
-
-def in_page(text):
-    """The page, with every first table after a link to a record made anew."""
-    blocks, name = text.rstrip("\n").split("\n\n"), None
-    for i, block in enumerate(blocks):
-        if name and re.match(r".+\n-+\|", block):
-            blocks[i], name = table(name), None
-        elif links := re.findall(r"results/([\w-]+)\.json\)", block):
-            name = next((n for n in links if n in TABLES), name)
-    return "\n\n".join(blocks) + "\n"
 
 
 def draw_times(name):
@@ -104,7 +66,7 @@ def draw_traffic(name):
     return figure
 
 
-FIGURES = {
+DRAWN = {
     "step-cpu": draw_times,
     "step-gpu": draw_times,
     "step-tpu": draw_traffic,
@@ -112,15 +74,13 @@ FIGURES = {
 
 
 def main():
-    for page in PAGES:
-        page.write_text(in_page(page.read_text()))
-    plt.style.use(DOCS / "figures" / "site.mplstyle")
-    for name, draw in FIGURES.items():
+    plt.style.use(FIGURES / "site.mplstyle")
+    for name, draw in DRAWN.items():
         if record(name):
             figure = draw(name)
             figure.savefig(FOLDER / "results" / f"{name}.png")
             plt.close(figure)
-    small_state.draw(record("small_state"), DOCS / "figures" / "small_state.png")
+    small_state.draw(record("small_state"), FIGURES / "small_state.png")
 
 
 if __name__ == "__main__":

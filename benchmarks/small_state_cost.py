@@ -22,7 +22,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 import tpu
+from optax_rmsprop import compress_state, rmsprop
 from step import (
     HYPERPARAMETERS,
     JaxSteps,
@@ -31,8 +33,6 @@ from step import (
     spread,
     take_turns,
 )
-
-from optax_rmsprop import compress_state, rmsprop
 
 LEAVES = {"1x32M": (1, (4000, 8000)), "160x150k": (160, (300, 500))}
 QUICK_LEAVES = {"2x4k": (2, (64, 64))}

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import topologies
-from step import environment
 
 from optax_rmsprop import rmsprop
+from step import environment
 
 SHAPE = (8192, 8192)
 # Bytes a second of one chip's HBM, https://cloud.google.com/tpu/docs/v5e and /v6e.

@@ -29,7 +29,7 @@ html_show_copyright = False
 html_math_renderer = "mathml"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["explorer"]
+exclude_patterns = ["_build", "explorer"]
 default_role = "code"
 autodoc_typehints = "none"  # signatures have them
 autodoc_member_order = "bysource"
@@ -82,8 +82,7 @@ def join_alternative_texts(app, name, source):
 def write_explorer(app, error):
     """Put the explorer, which is a page by itself, beside the others."""
     if app.builder.name == "html" and not error:
-        examples = Path(__file__).parent.parent / "examples"
-        explorer = runpy.run_path(str(examples / "explorer.py"))
+        explorer = runpy.run_path(str(Path(__file__).parent / "explorer" / "build.py"))
         Path(app.outdir, "explore.html").write_text(
             explorer["page"](home="index.html"), "utf-8"
         )

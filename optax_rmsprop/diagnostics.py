@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_rmsprop import _checks
+from optax_rmsprop import _errors
 from optax_rmsprop._numerics import Moment, by_parts, divide
-from optax_rmsprop.low_precision import CompressedState, decompress_state
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
+from optax_rmsprop.wrappers import CompressedState, decompress_state
 
 
 class Diagnosis(NamedTuple):
@@ -30,7 +30,7 @@ class Diagnosis(NamedTuple):
     saturation: optax.Updates
 
 
-@_checks.knows_foreign_names
+@_errors.knows_foreign_names
 def diagnose(
     opt_state: optax.OptState,
     learning_rate: optax.ScalarOrSchedule = 1e-2,
@@ -81,12 +81,12 @@ def diagnose(
     References:
       `scale_by_rms`, `scale_by_stddev`: the same roots.
     """
-    learning_rate = _checks.schedule("learning_rate", learning_rate)
-    eps = _checks.number("eps", eps)
-    _checks.flags(eps_in_sqrt=eps_in_sqrt)
+    learning_rate = _errors.schedule("learning_rate", learning_rate)
+    eps = _errors.number("eps", eps)
+    _errors.flags(eps_in_sqrt=eps_in_sqrt)
     state = _state_of_averages(opt_state)
-    *_, moments = _checks.held("opt_state", state)
-    _checks.not_negative("opt_state", moments)
+    *_, moments = _errors.held("opt_state", state)
+    _errors.not_negative("opt_state", moments)
     if callable(learning_rate):
         learning_rate = learning_rate(jnp.maximum(state.count - 1, 0))
     largest = jnp.sqrt(eps) if eps_in_sqrt else eps

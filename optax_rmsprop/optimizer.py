@@ -6,10 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
+from jax.tree_util import tree_flatten_with_path
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_rmsprop import _checks
+from optax_rmsprop import _errors
+from optax_rmsprop._errors import at, shown, trees
 from optax_rmsprop._numerics import (
     accumulator_dtype_of,
     by_parts,
@@ -21,7 +25,7 @@ from optax_rmsprop._numerics import (
 from optax_rmsprop.transforms import scale_by_rms, scale_by_stddev
 
 
-@_checks.knows_foreign_names
+@_errors.knows_foreign_names
 def rmsprop(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     decay: ArrayLike = 0.99,
@@ -132,24 +136,24 @@ def rmsprop(
       torch/optim/rmsprop.py (2.13.0), `_single_tensor_rmsprop`.
       Hinton, Neural Networks for Machine Learning, lecture 6e, 2012.
     """
-    _checks.flags(
+    _errors.flags(
         nesterov=nesterov,
         centered=centered,
         decoupled_weight_decay=decoupled_weight_decay,
         lr_in_momentum=lr_in_momentum,
         maximize=maximize,
     )
-    learning_rate = _checks.schedule(
-        "learning_rate", learning_rate, below_0="" if maximize else _checks.ASCEND
+    learning_rate = _errors.schedule(
+        "learning_rate", learning_rate, below_0="" if maximize else _errors.ASCEND
     )
-    momentum = _checks.number("momentum", 0.0 if momentum is None else momentum, high=1)
-    weight_decay = _checks.schedule(
+    momentum = _errors.number("momentum", 0.0 if momentum is None else momentum, high=1)
+    weight_decay = _errors.schedule(
         "weight_decay", 0.0 if weight_decay is None else weight_decay
     )
-    mask = _checks.mask("weight_decay_mask", weight_decay_mask)
+    mask = _checked_mask(weight_decay_mask)
     has_momentum, decays = (
-        not _checks.is_off(momentum),
-        not _checks.is_off(weight_decay),
+        not _errors.is_off(momentum),
+        not _errors.is_off(weight_decay),
     )
     if nesterov and not has_momentum:
         raise ValueError("`nesterov` must be False without momentum, got True")
@@ -196,14 +200,14 @@ def rmsprop(
         if state_types is None:  # no array is made before the first update
             any_mask = mask and (lambda tree: tree)
             example = jax.eval_shape(chain(any_mask).init, ())
-            state_types = _checks.state_types(example)
-        _checks.same_state(state, state_types)
+            state_types = _errors.state_types(example)
+        _errors.same_state(state, state_types)
         if decays and params is None:
             raise ValueError(
                 "`params` must be given to update for weight_decay, got None; call "
                 "update(grads, state, params)"
             )
-        _checks.belong(updates, params, state)
+        _errors.belong(updates, params, state)
 
     def wide(leaf: Any) -> jax.Array:
         return cast(leaf, accumulator_dtype_of(leaf, accumulator_dtype))
@@ -244,6 +248,58 @@ def rmsprop(
         return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _checked_mask(value: Any) -> Callable[[Any], Any] | None:
+    """Check a mask: None, a function, or a tree of booleans, but not one alone.
+
+    It comes back as a plain function, or None. optax would call a tree of booleans in
+    the form of an Equinox model, which is callable, and would take a
+    `jax.tree_util.Partial`, which is a tree without leaves, for a tree.
+    """
+    if value is None:
+        return None
+    leaves = tree_flatten_with_path(value)[0]
+    is_function = callable(value) and all(path == () for path, _ in leaves)
+    is_function &= not isinstance(value, type)
+    if not is_function:
+        remedy = _errors.STATIC_ARGS.format("weight_decay_mask")
+        _check_booleans(value, alone=False, remedy=remedy)
+
+    def checked(params: Any) -> Any:
+        tree = value(params) if is_function else value
+        _check_booleans(tree)
+        structure = jax.tree.structure(tree)
+        if not _errors.fits(structure, params):
+            given, expected = (
+                dict(tree_flatten_with_path(t)[0]) for t in (tree, params)
+            )
+            # What is True or False for a whole tree stands for all that is in it.
+            starts = ([path[:i] for i in range(len(path) + 1)] for path in expected)
+            of_each = [next(filter(given.__contains__, s), s[-1]) for s in starts]
+            problems = _errors.other_paths(given, dict.fromkeys(of_each))
+            raise ValueError(
+                "`weight_decay_mask` must have the structure of the parameters or a "
+                "prefix of it: "
+                + "; ".join(problems or [trees(structure, jax.tree.structure(params))])
+            )
+        return tree
+
+    return checked
+
+
+def _check_booleans(tree: Any, *, alone: bool = True, remedy: str = "") -> None:
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        if (
+            _errors.dtype_of(leaf) != np.bool_
+            or np.shape(leaf) != ()
+            or isinstance(leaf, Tracer)
+            or (path == () and not alone)
+        ):
+            raise TypeError(
+                "`weight_decay_mask` must be a tree of True and False or a function "
+                f"that returns one, got {shown(leaf)} at {at(path)}{remedy}"
+            )
 
 
 def _add_decayed_weights(

@@ -25,7 +25,8 @@ from jax.core import Tracer
 from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_rmsprop import _checks
+from optax_rmsprop import _errors
+from optax_rmsprop._errors import shown
 from optax_rmsprop._numerics import (
     Moment,
     accumulator_dtype_of,
@@ -91,7 +92,7 @@ def _next_var(
     return Moment(d, var, a / above_0, g - mu, a * largest(g.dtype) ** 2)
 
 
-@_checks.knows_foreign_names
+@_errors.knows_foreign_names
 def scale_by_rms(
     decay: ArrayLike = 0.99,
     eps: ArrayLike = 1e-8,
@@ -153,7 +154,7 @@ def scale_by_rms(
       Hinton, Neural Networks for Machine Learning, lecture 6e, 2012.
       torch/optim/rmsprop.py (2.13.0), `_single_tensor_rmsprop`.
     """
-    decay = _checks.number("decay", decay, high=1, hint=" (torch calls it alpha)")
+    decay = _errors.number("decay", decay, high=1, hint=" (torch calls it alpha)")
     eps, initial_scale = _check_shared(
         eps, initial_scale, eps_in_sqrt, bias_correction, accumulator_dtype
     )
@@ -165,9 +166,9 @@ def scale_by_rms(
     def update_fn(
         updates: optax.Updates, state: ScaleByRmsState, params: Any = None
     ) -> tuple[optax.Updates, ScaleByRmsState]:
-        _checks.same_state(state, ScaleByRmsState)
-        _checks.belong(updates, params, state)
-        _checks.not_negative("state", state.nu, (GetAttrKey("nu"),), wait=False)
+        _errors.same_state(state, ScaleByRmsState)
+        _errors.belong(updates, params, state)
+        _errors.not_negative("state", state.nu, (GetAttrKey("nu"),), wait=False)
         count = optax.safe_increment(state.count)
         weights = _averaging_weights(decay, count, bias_correction)
         nu = _advance(_next_nu, weights, updates, state.nu)
@@ -179,7 +180,7 @@ def scale_by_rms(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-@_checks.knows_foreign_names
+@_errors.knows_foreign_names
 def scale_by_stddev(
     decay: ArrayLike = 0.99,
     eps: ArrayLike = 1e-8,
@@ -240,7 +241,7 @@ def scale_by_stddev(
       torch/optim/rmsprop.py (2.13.0), `_single_tensor_rmsprop`.
     """
     why = " (torch calls it alpha); at 0 the mean is the gradient and the variance 0"
-    decay = _checks.number("decay", decay, high=1, zero=False, hint=why)
+    decay = _errors.number("decay", decay, high=1, zero=False, hint=why)
     eps, initial_scale = _check_shared(
         eps, initial_scale, eps_in_sqrt, bias_correction, accumulator_dtype
     )
@@ -253,9 +254,9 @@ def scale_by_stddev(
     def update_fn(
         updates: optax.Updates, state: ScaleByStddevState, params: Any = None
     ) -> tuple[optax.Updates, ScaleByStddevState]:
-        _checks.same_state(state, ScaleByStddevState)
-        _checks.belong(updates, params, state)
-        _checks.not_negative("state", state.var, (GetAttrKey("var"),), wait=False)
+        _errors.same_state(state, ScaleByStddevState)
+        _errors.belong(updates, params, state)
+        _errors.not_negative("state", state.var, (GetAttrKey("var"),), wait=False)
         count = optax.safe_increment(state.count)
         weights = _averaging_weights(decay, count, bias_correction)
         mu = _advance(_next_mu, weights, updates, state.mu)
@@ -275,10 +276,10 @@ def _check_shared(
     bias_correction: bool,
     accumulator_dtype: DTypeLike | None,
 ) -> tuple[ArrayLike, ArrayLike]:
-    eps = _checks.number("eps", eps)
-    initial_scale = _checks.number("initial_scale", initial_scale)
-    _checks.flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
-    _checks.real_dtype("accumulator_dtype", accumulator_dtype)
+    eps = _errors.number("eps", eps)
+    initial_scale = _errors.number("initial_scale", initial_scale)
+    _errors.flags(eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
+    _check_accumulator_dtype(accumulator_dtype)
     traced = isinstance(initial_scale, Tracer)
     if bias_correction and not traced and np.any(initial_scale):
         raise ValueError(
@@ -288,10 +289,32 @@ def _check_shared(
     return eps, initial_scale
 
 
+def _check_accumulator_dtype(dtype: Any) -> None:
+    """Check that a dtype is None, float32, or float64 in 64-bit mode."""
+    if isinstance(dtype, jax.Array | np.ndarray | np.generic):
+        raise TypeError(
+            f"`accumulator_dtype` must be a dtype, got {shown(dtype)}"
+            + _errors.STATIC_ARGS.format("accumulator_dtype")
+        )
+    if dtype is None:
+        return
+    allowed = sorted({"float32", jax.dtypes.canonicalize_dtype(jnp.float64).name})
+    known = _errors.as_dtype(dtype)
+    given = shown(dtype) if known is None else known.name
+    if given not in allowed:
+        why = "an average in fewer bits stops moving"
+        if given == "float64":
+            why = "jax.config.update('jax_enable_x64', True) allows it"
+        raise ValueError(
+            f"`accumulator_dtype` must be None or {' or '.join(allowed)}, got {given}; "
+            + why
+        )
+
+
 def _average_like(
     params: optax.Params, value: ArrayLike, accumulator_dtype: DTypeLike | None
 ) -> optax.Updates:
-    _checks.params(params)
+    _errors.params(params)
 
     def leaf(p: Any) -> jax.Array:
         dtype = accumulator_dtype_of(p, accumulator_dtype)

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from runs import problem, run_torch
+from helpers import problem, run_torch
 
 FILE = Path(__file__).parent / "golden" / "torch.json"
 STEPS = 60

@@ -1,7 +1,7 @@
 "use strict";
 
 // RMSprop of optax_rmsprop, torch, Keras and optax, restated for a point in the plane.
-// Nothing here touches a page: tests/test_explorer.py runs this file by itself.
+// Nothing here touches a page: tests/docs/test_explorer.py runs this file by itself.
 //
 // Every operation is rounded by `f`, which is Math.fround: NaN and overflow then come
 // where float32 has them. With FLOAT64 nothing is rounded, so that a test can tell a

@@ -16,7 +16,7 @@ SETTING = "#eps=0.5&decay=0.9&momentum=0.5&steps=100"
 
 
 def main():
-    explorer = runpy.run_path(str(HERE.parents[2] / "examples" / "explorer.py"))
+    explorer = runpy.run_path(str(HERE.parents[1] / "explorer" / "build.py"))
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]

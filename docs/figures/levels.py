@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from optax_rmsprop._codes import NON_NEGATIVE, SIGNED, Format, decode
+from optax_rmsprop.wrappers._codes import NON_NEGATIVE, SIGNED, Format, decode
 
 COLORS = {
     "uint8, non-negative": "C0",

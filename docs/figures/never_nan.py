@@ -63,9 +63,9 @@ def dead_unit(make, steps=1200):
 SIZES = np.logspace(-5, np.log10(6e4), 200)
 
 
-def float16_steps(make):
+def float16_steps(make, sizes=SIZES):
     """The last of 100 steps with gradients of one size, in learning rates."""
-    gradients = jnp.broadcast_to(jnp.asarray(SIZES, jnp.float16)[None], (100, 200))
+    gradients = jnp.tile(jnp.asarray(sizes, jnp.float16), (100, 1))
     return np.abs(np.asarray(updates_of(make, gradients, 0.9, 1e-8)[-1], float)) / LR
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from parameters import save, steps
 
-from optax_rmsprop import compress_state, decompress_state, rmsprop, scale_by_rms
+from optax_rmsprop import rmsprop, scale_by_rms
+from optax_rmsprop.wrappers import compress_state, decompress_state
 
 DECAYS = {0.9: "C1", 0.99: "C0", 0.999: "C4"}
 

@@ -7,7 +7,8 @@ deviation), in one of two ways: from one parameter to the next, or from one bloc
 to the next and not within. Averages of their squares are kept by each method for 2000
 steps, in a loop of its own, and compared with float32's in all steps of the last half.
 
-Writes all errors to state_error.json, and prints the table of docs/low_precision.md.
+Writes all errors to state_error.json, from which `python docs/tables` makes the table
+of docs/low_precision.md.
 """
 
 import argparse
@@ -23,7 +24,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from levels import dynamic_map
 
-from optax_rmsprop import compress_state, decompress_state, scale_by_rms
+from optax_rmsprop import scale_by_rms
+from optax_rmsprop.wrappers import compress_state, decompress_state
 
 BLOCK, BLOCKS, STEPS = 256, 32, 2000
 DECAYS = (0.9, 0.99, 0.999)
@@ -121,29 +123,6 @@ def measure():
     return rows
 
 
-def table(rows, octaves=2.0):
-    """Where sizes differ by so much from one parameter to the next."""
-    names = {
-        "uint8": "uint8",
-        "bitsandbytes": "bitsandbytes' blocks",
-        "bfloat16": "bfloat16",
-        "bfloat16, nearest": "bfloat16, rounded to the nearest",
-    }
-    lines = [
-        "error of √nu, root mean square (mean) | decay 0.9 | 0.99 | 0.999",
-        "---|---|---|---",
-    ]
-    for method, name in names.items():
-        row = [r for r in rows if (r["method"], r["octaves"]) == (method, octaves)]
-        cells = [
-            f"{r['rms error, %']:.1f} % ({round(r['mean error, %'], 1) or 0.0:+.1f})"
-            for r in row
-            if r["sizes of"] == "every parameter"
-        ]
-        lines.append(" | ".join([name, *cells]).replace("+0.0", "0.0"))
-    return "\n".join(lines)
-
-
 def draw(axes, rows, decay):
     for (method, order), (color, dashes, label) in STYLES.items():
         values = [
@@ -161,7 +140,6 @@ def main():
     parser.add_argument("--redraw", action="store_true", help="what the JSON has")
     record = Path(__file__).with_suffix(".json")
     rows = json.loads(record.read_text()) if parser.parse_args().redraw else measure()
-    print(table(rows))
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     record.write_text(f"[\n{lines}\n]\n")
     plt.style.use(Path(__file__).with_name("site.mplstyle"))

@@ -5,7 +5,7 @@ from __future__ import annotations  # so that help() shows these types by name
 import optax as optax_
 from jax.typing import ArrayLike
 
-from optax_rmsprop.dialects._words import speaks
+from optax_rmsprop.dialects._arguments import speaks
 from optax_rmsprop.optimizer import rmsprop
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from optax_rmsprop import _checks
-from optax_rmsprop.dialects._words import refuse, speaks
+from optax_rmsprop import _errors
+from optax_rmsprop.dialects._arguments import refuse, speaks
 from optax_rmsprop.optimizer import rmsprop
 
 
@@ -114,7 +114,7 @@ def mindspore(
     return rmsprop(
         learning_rate,
         decay,
-        _checks.number("epsilon", epsilon, zero=False),
+        _errors.number("epsilon", epsilon, zero=False),
         momentum=momentum,
         centered=centered,
         weight_decay=weight_decay,
@@ -148,7 +148,7 @@ def mlx(
 
     Run: mlx 0.32.4, on a CPU. Source: python/mlx/optimizers/optimizers.py.
     """
-    return rmsprop(learning_rate, alpha, _checks.number("eps", eps, zero=False))
+    return rmsprop(learning_rate, alpha, _errors.number("eps", eps, zero=False))
 
 
 @speaks(learning_rate="eta", decay="rho", eps="epsilon")
@@ -180,7 +180,7 @@ def optimisers_jl(
 
     Not run: held to a transcription of src/rules.jl at commit 007b972.
     """
-    _checks.flags(centred=centred, centered=centered)
+    _errors.flags(centred=centred, centered=centered)
     return rmsprop(eta, rho, epsilon, centered=centred or centered)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from optax_rmsprop.dialects._words import speaks
+from optax_rmsprop.dialects._arguments import speaks
 from optax_rmsprop.optimizer import rmsprop
 
 

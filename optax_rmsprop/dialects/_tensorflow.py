@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_rmsprop import _checks
-from optax_rmsprop._texts import shown
-from optax_rmsprop.dialects._words import refuse, speaks
+from optax_rmsprop import _errors
+from optax_rmsprop._errors import shown
+from optax_rmsprop.dialects._arguments import refuse, speaks
 from optax_rmsprop.optimizer import rmsprop
 
 
@@ -115,23 +115,23 @@ def tf_keras(
     refuse(
         "decay", decay, 0, "schedule learning_rate=lambda step: lr / (1 + decay * step)"
     )
-    _checks.flags(centered=centered)
+    _errors.flags(centered=centered)
     if callable(momentum) or isinstance(momentum, jax.Array):
         raise TypeError(
             f"`momentum` must be a Python number, for it decides where epsilon goes, "
             f"got {shown(momentum)}; with optax.inject_hyperparams name it in "
             "static_args"
         )
-    has_momentum = not _checks.is_off(_checks.number("momentum", momentum, high=1))
-    epsilon = _checks.number("epsilon", 1e-7 if epsilon is None else epsilon)
+    has_momentum = not _errors.is_off(_errors.number("momentum", momentum, high=1))
+    epsilon = _errors.number("epsilon", 1e-7 if epsilon is None else epsilon)
     if isinstance(epsilon, jax.Array):
         epsilon = jnp.where(epsilon == 0, 1e-7, epsilon)
     return rmsprop(
         learning_rate
         if lr is None
-        else _checks.schedule("lr", lr, below_0=_checks.ASCEND),
-        _checks.number("rho", rho, high=1, zero=not centered),
-        1e-7 if _checks.is_off(epsilon) else epsilon,
+        else _errors.schedule("lr", lr, below_0=_errors.ASCEND),
+        _errors.number("rho", rho, high=1, zero=not centered),
+        1e-7 if _errors.is_off(epsilon) else epsilon,
         momentum=momentum,
         centered=centered,
         eps_in_sqrt=has_momentum,

@@ -7,9 +7,9 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from optax_rmsprop import _checks
+from optax_rmsprop import _errors
 from optax_rmsprop._numerics import product
-from optax_rmsprop.dialects._words import refuse, speaks
+from optax_rmsprop.dialects._arguments import refuse, speaks
 from optax_rmsprop.optimizer import rmsprop
 
 
@@ -116,7 +116,7 @@ def timm(
     Run: timm 1.0.31. Source: timm/optim/rmsprop_tf.py.
     """
     refuse("caution", caution, False, "multiply the updates by the mask in the chain")
-    _checks.flags(corrected_weight_decay=corrected_weight_decay)
+    _errors.flags(corrected_weight_decay=corrected_weight_decay)
     if corrected_weight_decay:
         weight_decay = _corrected(weight_decay, decoupled_decay, lr, max_lr)
     else:
@@ -150,14 +150,14 @@ def _corrected(
         )
     if max_lr is None and isinstance(lr, int | float):  # which does not change
         return weight_decay
-    max_lr = _checks.number(
+    max_lr = _errors.number(
         "max_lr",
         max_lr,
         zero=False,
         hint="; with corrected_weight_decay and an lr that changes give its maximum",
     )
-    weight_decay = _checks.schedule("weight_decay", weight_decay)
-    lr = _checks.schedule("lr", lr, below_0=_checks.ASCEND)
+    weight_decay = _errors.schedule("weight_decay", weight_decay)
+    lr = _errors.schedule("lr", lr, below_0=_errors.ASCEND)
     return product(weight_decay, lr, 1 / max_lr)
 
 
@@ -257,7 +257,7 @@ def bitsandbytes(
         100,
         "put optax.clip_by_global_norm before this in an optax.chain",
     )
-    alpha = _checks.number("alpha", alpha, high=1, zero=False)
+    alpha = _errors.number("alpha", alpha, high=1, zero=False)
     return rmsprop(
         lr, alpha, eps, weight_decay=weight_decay, weight_decay_mask=weight_decay_mask
     )

@@ -1,0 +1,59 @@
+"""The tables of benchmarks.md and low_precision.md, from recorded measurements."""
+
+import json
+from pathlib import Path
+
+import carry
+import many_leaves
+import small_state
+import small_state_cost
+import step
+import tpu
+from generated import rows_of, table
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = {
+    "uint8": "uint8",
+    "bitsandbytes": "bitsandbytes' blocks",
+    "bfloat16": "bfloat16",
+    "bfloat16, nearest": "bfloat16, rounded to the nearest",
+}
+
+
+def register(name, head, line):
+    """A table whose head and lines the benchmark itself also prints."""
+
+    @table(name)
+    def recorded(language):
+        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return "\n".join([head, *(line(*row) for row in rows.items())])
+
+
+register("step-cpu", step.TABLE_HEAD, step.table_line)
+register("step-gpu", step.TABLE_HEAD, step.table_line)
+register("step-tpu", tpu.TABLE_HEAD, tpu.table_line)
+register("carry", carry.TABLE_HEAD, carry.table_line)
+register("many_leaves", many_leaves.TABLE_HEAD, many_leaves.table_line)
+register("small_state", small_state.TABLE_HEAD, small_state.table_line)
+cost = small_state_cost
+register("small_state_cost-cpu", cost.TABLE_HEAD, cost.table_line)
+register("small_state_cost-tpu", cost.TPU_TABLE_HEAD, cost.tpu_table_line)
+
+
+@table("state_error")
+def state_error(language):
+    """Errors of √nu where sizes differ by two octaves between parameters."""
+    path = ROOT / "docs" / "figures" / "state_error.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for method, name in METHODS.items():
+        cells = [
+            f"{r['rms error, %']:.1f} % ({round(r['mean error, %'], 1) or 0.0:+.1f})"
+            for r in found
+            if (r["method"], r["octaves"]) == (method, 2.0)
+            and r["sizes of"] == "every parameter"
+        ]
+        rows.append([name, *(cell.replace("+0.0", "0.0") for cell in cells)])
+    head = "error of √nu, root mean square (mean)"
+    return rows_of([head, "decay 0.9", "0.99", "0.999"], rows)

@@ -1,0 +1,155 @@
+"""The form that torch's state_dicts and optimizers have, and what else is refused."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optax_rmsprop._errors import bare, kind_of, shown, some
+from optax_rmsprop.carry._torch_memory import problem
+
+if TYPE_CHECKING:
+    import torch
+
+AS_TRAINED = "give what the run had in torch"
+
+
+def tensors_in(model: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Those of a state_dict, in which a module may have put other things too."""
+    for name, value in model.items():
+        if not isinstance(name, str):
+            raise TypeError(
+                f"`model` must have names for keys, got {shown(name)}; give the "
+                "state_dict itself"
+            )
+        if not _is_extra(name):
+            check_tensor(bare(name), value)
+    return {name: tensor for name, tensor in model.items() if not _is_extra(name)}
+
+
+def _is_extra(name: str) -> bool:
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def names_in(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names that a checkpoint has for its parameters, if it has any."""
+    own = []
+    for number, group in enumerate(groups):
+        # In the format of torch.distributed.checkpoint names stand in place of numbers.
+        found = group.get("param_names", group["params"])
+        for key in group["params"]:
+            if not isinstance(key, int | str):
+                raise TypeError(
+                    f"`params` of group {number} must be numbers or names, got "
+                    f"{shown(key)}; give the optimizer's state_dict as it was saved"
+                )
+        if not isinstance(found, list | tuple) or len(found) != len(group["params"]):
+            raise ValueError(
+                f"`param_names` of group {number} must be a list of "
+                f"{len(group['params'])} names, one a parameter, got {shown(found)}; "
+                "give the optimizer's state_dict as it was saved"
+            )
+        own += [name for name in found if isinstance(name, str)]
+    return own
+
+
+def check_groups(groups: Any, states: Any) -> None:
+    """Refuse what does not have the form of an optimizer's groups and states."""
+    remedy = "give an optimizer, or its state_dict, as torch made it"
+    if not isinstance(groups, list | tuple) or not groups:
+        error = ValueError if isinstance(groups, list | tuple) else TypeError
+        raise error(
+            f"`optimizer` must have a list of param_groups, got {shown(groups)}; "
+            + remedy
+        )
+    for number, group in enumerate(groups):
+        if not isinstance(group, Mapping):
+            raise TypeError(
+                f"group {number} of `optimizer` must be a dict, got {shown(group)}; "
+                + remedy
+            )
+        if not isinstance(group.get("params"), list | tuple):
+            raise TypeError(
+                f"`params` of group {number} must be a list, got "
+                f"{shown(group.get('params'))}; {remedy}"
+            )
+    if not isinstance(states, Mapping):
+        raise TypeError(
+            f"`optimizer` must have a dict for its state, got {shown(states)}; {remedy}"
+        )
+    for key, state in states.items():
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"the state that `optimizer` has of {one_parameter(key)} must be a "
+                f"dict, got {shown(state)}; {remedy}"
+            )
+
+
+def check_names(
+    names: Sequence[str], wanted: int, model: Mapping[str, torch.Tensor]
+) -> None:
+    usual = (
+        "of an RMSprop(model.parameters()) they are "
+        "[name for name, _ in model.named_parameters()]"
+    )
+    if len(names) != wanted:
+        raise ValueError(
+            f"`names` must have one for each of the optimizer's {wanted} parameters, "
+            f"in its order, got {len(names)}; {usual}; the model's state has "
+            f"{some(model)}"
+        )
+    for name in names:
+        if not isinstance(name, str) or name not in model:
+            raise ValueError(
+                f"`names` must be in the model's state, got {bare(name)}; {usual}; it "
+                f"has {some(model)}"
+            )
+    for name, count in collections.Counter(names).items():
+        if count > 1:
+            raise ValueError(
+                f"`names` must differ, got {bare(name)} {count} times; {usual}"
+            )
+
+
+def finite(what: str, value: Any) -> float:
+    """A finite number, or a tensor that holds one."""
+    import torch
+
+    given = value
+    if isinstance(value, torch.Tensor) and problem(value) is None:
+        value = value.item() if value.numel() == 1 else value
+    elif isinstance(value, np.ndarray) and not value.shape:
+        value = value[()]
+    kinds = int | float | np.integer | np.floating
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{what} must be a number, got {shown(given)}; {AS_TRAINED}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(
+            f"{what} must be a finite number, got {shown(given)}; {AS_TRAINED}"
+        )
+    return number
+
+
+def one_parameter(key: Any) -> str:
+    """A parameter, or what stands for it in a checkpoint, as an error shows it."""
+    shape = getattr(key, "shape", None)
+    return bare(key) if shape is None else f"one of shape {shown(tuple(shape))}"
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """Refuse what is no tensor."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(
+            f"`{name}` must be a tensor, got {kind_of(tensor)}; give the "
+            "state_dict itself"
+        )

@@ -1,0 +1,312 @@
+"""A torch run in NumPy: what is read out of a live run or of a checkpoint."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from optax_rmsprop._errors import bare, kind_of, shown, some
+from optax_rmsprop.carry._run import FROZEN, Group, Source
+from optax_rmsprop.carry._torch_format import (
+    AS_TRAINED,
+    check_groups,
+    check_names,
+    check_tensor,
+    finite,
+    names_in,
+    one_parameter,
+    tensors_in,
+)
+from optax_rmsprop.carry._torch_memory import overlaps, place, problem
+
+if TYPE_CHECKING:
+    import torch
+
+SLOTS = ("square_avg", "grad_avg", "momentum_buffer")
+# The options of a group that change numbers, but for lr, and what torch and timm take
+# them for in the checkpoints of versions that did not have them yet.
+OF_TORCH: dict[str, bool | float] = {
+    "alpha": 0.99,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "momentum": 0.0,
+    "centered": False,
+    "maximize": False,
+}
+OF_TIMM: dict[str, bool | float] = {
+    "alpha": 0.9,
+    "eps": 1e-10,
+    "weight_decay": 0.0,
+    "momentum": 0.0,
+    "centered": False,
+    "decoupled_decay": False,
+    "corrected_weight_decay": False,
+    "lr_in_momentum": True,
+    "caution": False,
+}
+# What `Tensor.numpy` knows, and bfloat16.
+IN_NUMPY = {
+    *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+}
+
+
+class _Arrays(Mapping[str, np.ndarray]):
+    """Tensors in NumPy, each converted when it is asked for.
+
+    What a port leaves out, no one asks for, and it may be of any kind.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], ending: str = ""):
+        """`ending` is added to a name in errors about it."""
+        self._tensors, self._ending = tensors, ending
+        self._converted: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._converted:
+            tensor = self._tensors[name]
+            self._converted[name] = _to_numpy(bare(name) + self._ending, tensor)
+        return self._converted[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters by all their names, and the buffers of the model's state."""
+    kept = model.state_dict().keys()
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **{name: buffer for name, buffer in buffers if name in kept},
+    }
+
+
+def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Source:
+    """Read a live model and optimizer."""
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"`model` must be a torch.nn.Module, got {kind_of(model)}; for "
+            "state_dicts there is from_torch_checkpoint"
+        )
+    _check_class(optimizer)
+    names: dict[Any, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, name)
+
+    def name_of(parameter: Any) -> str:
+        if not isinstance(parameter, torch.Tensor) or parameter not in names:
+            raise ValueError(
+                "`model` must hold the optimizer's parameters, but lacks "
+                f"{one_parameter(parameter)}; give the model that it trains"
+            )
+        return names[parameter]
+
+    frozen = {name for p, name in names.items() if not p.requires_grad}
+    groups, states = optimizer.param_groups, optimizer.state
+    check_groups(groups, states)
+    return _source(tensors_of(model), groups, states, name_of, frozen)
+
+
+def read_checkpoint(
+    model: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, Any],
+    names: Sequence[str] | None,
+) -> Source:
+    """Read the state_dicts of a model and an optimizer."""
+    for argument, value in (("model", model), ("optimizer", optimizer)):
+        if not isinstance(value, Mapping):
+            raise TypeError(
+                f"`{argument}` must be a state_dict, got {kind_of(value)}; for "
+                "live ones there is from_torch"
+            )
+    tensors = tensors_in(model)
+    if not {"state", "param_groups"} <= optimizer.keys():
+        raise ValueError(
+            "`optimizer` must be the state_dict of an optimizer, with state and "
+            f"param_groups, got one with {some(optimizer) or 'nothing'}; give what "
+            "its state_dict() returns"
+        )
+    groups, states = optimizer["param_groups"], optimizer["state"]
+    check_groups(groups, states)
+    own = names_in(groups)
+    if names is None:
+        names = own
+    elif not isinstance(names, list | tuple):
+        raise TypeError(
+            f"`names` must be a list, got {kind_of(names)}; give the parameters' "
+            "names in the optimizer's order"
+        )
+    elif own and list(names) != own:
+        raise ValueError(
+            f"`names` must be the checkpoint's own, {some(own)}, got "
+            f"{some(names)}; leave them out"
+        )
+    keys = [key for group in groups for key in group["params"]]
+    check_names(names, len(keys), tensors)
+    name_of = dict(zip(keys, names, strict=True)).__getitem__
+    return _source(tensors, groups, states, name_of)
+
+
+def _check_class(optimizer: Any) -> None:
+    import torch
+
+    is_timm = any(kind.__name__ == "RMSpropTF" for kind in type(optimizer).__mro__)
+    if not is_timm and not isinstance(optimizer, torch.optim.RMSprop):
+        raise TypeError(
+            "`optimizer` must be a torch.optim.RMSprop or timm's RMSpropTF, got "
+            f"{kind_of(optimizer)}; its state means something else"
+        )
+
+
+def _source(
+    tensors: Mapping[str, torch.Tensor],
+    groups: Sequence[Mapping[str, Any]],
+    states: Mapping[Any, Mapping[str, Any]],
+    name_of: Callable[[Any], str],
+    frozen: Collection[str] = (),
+) -> Source:
+    """Put together what both kinds of reading give."""
+    labels = dict.fromkeys(tensors, FROZEN)
+    members: dict[str, str] = {}
+    slots: dict[str, Mapping[str, np.ndarray]] = {}
+    carried = {}
+    owned: set[Any] = set()
+    for number, group in enumerate(groups):
+        label = str(number)
+        of_group = {}
+        for parameter in group["params"]:
+            name = name_of(parameter)
+            if name in members:
+                raise ValueError(
+                    f"`optimizer` must have `{bare(name)}` once, got it in group "
+                    f"{members[name]} and again in group {label}; take it out of one"
+                )
+            members[name] = label
+            of_group[name] = states.get(parameter)
+            owned.add(parameter)
+        steps = [_step(name, state) for name, state in of_group.items() if state]
+        carried[label] = _group(label, group, max(steps, default=0))
+        for name, state in of_group.items():
+            if name in frozen or not (state or not carried[label].step):
+                continue
+            labels[name] = label
+            if state:
+                found = {slot: state[slot] for slot in SLOTS if slot in state}
+                slots[name] = _Arrays(found, f" of {bare(name)}")
+    if foreign := states.keys() - owned:
+        raise ValueError(
+            "`optimizer` must have a state for its own parameters only, got one for "
+            f"{some(map(one_parameter, foreign))}, which no group has"
+        )
+    tied = _tied(tensors, labels)
+    once = {name: tensor for name, tensor in tensors.items() if name not in tied}
+    return Source(
+        _Arrays(once),
+        {name: _shape(tensor) for name, tensor in once.items()},
+        tied,
+        carried,
+        {name: labels[name] for name in once},
+        members,
+        slots,
+        overlaps(once),
+    )
+
+
+def _tied(
+    tensors: Mapping[str, torch.Tensor], labels: Mapping[str, str]
+) -> dict[str, str]:
+    """Further names of tensors in the same memory, and the name that stands for them.
+
+    It is that of the one that is trained, which has the slots, or else the first.
+    """
+    alike = collections.defaultdict(list)
+    for name, tensor in tensors.items():
+        alike[place(tensor)].append(name)
+    tied: dict[str, str] = {}
+    for names in alike.values():
+        trained = [name for name in names if labels[name] != FROZEN]
+        if len(trained) > 1:
+            raise ValueError(
+                "`optimizer` must train a parameter once, but "
+                f"{some(f'`{bare(name)}`' for name in trained)} are the same memory, "
+                "which it moves by averages of each; make them one parameter in torch "
+                "(a.weight = b.weight) that the optimizer has once"
+            )
+        first = (trained or names)[0]
+        tied |= {name: first for name in names if name != first}
+    return tied
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Empty where there is no plain one; such a tensor cannot be carried anyway."""
+    reason = problem(tensor)
+    has_shape = reason is None or tensor.is_meta or tensor.is_sparse
+    return tuple(tensor.shape) if has_shape else ()
+
+
+def _step(name: str, state: Mapping[str, Any]) -> int:
+    if "step" not in state:
+        raise ValueError(
+            f"the optimizer's state of `{bare(name)}` must have its step, got "
+            f"{some(state)}; give the state_dict as it was saved"
+        )
+    step = finite(f"`step` of `{bare(name)}`", state["step"])
+    if step != int(step) or not 0 <= step < 2**31:
+        raise ValueError(
+            f"`step` of `{bare(name)}` must be an integer in [0, 2³¹), got {step:g}; "
+            "give the number of updates made"
+        )
+    return int(step)
+
+
+def _group(label: str, group: Mapping[str, Any], step: int) -> Group:
+    if not {"lr", "alpha", "centered", "momentum"} <= group.keys():
+        others = (name for name in group if name != "params")
+        raise TypeError(
+            f"`optimizer` must be an RMSprop, but its group {label} has the options "
+            f"{some(others)}; its state means something else"
+        )
+    dialect = "timm" if "lr_in_momentum" in group else "torch"
+    defaults = OF_TIMM if dialect == "timm" else OF_TORCH
+    options = {name: group.get(name, default) for name, default in defaults.items()}
+    options["lr"] = group["lr"]
+    if options.get("corrected_weight_decay"):
+        options["max_lr"] = group.get("max_lr_snapshot", group["lr"])
+    for name, value in options.items():
+        where = f"`{name}` of group {label} of `optimizer`"
+        if not isinstance(defaults.get(name), bool):
+            options[name] = finite(where, value)
+        elif not isinstance(value, bool | np.bool_):
+            raise TypeError(
+                f"{where} must be True or False, got {shown(value)}; {AS_TRAINED}"
+            )
+    return Group(dialect, options.pop("lr"), options, step)
+
+
+def _to_numpy(name: str, tensor: torch.Tensor) -> np.ndarray:
+    """Without a copy on the CPU: torch goes on writing into it."""
+    import torch
+
+    check_tensor(name, tensor)
+    if reason := problem(tensor):
+        raise TypeError(f"`{name}` must {reason}")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in IN_NUMPY:
+        raise TypeError(
+            f"`{name}` must be of a dtype that NumPy has too, got {dtype}; convert it "
+            "in torch, or let the port leave it out"
+        )
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()

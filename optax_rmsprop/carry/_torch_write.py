@@ -1,0 +1,116 @@
+"""Writing a run into torch's objects: all of it, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from optax_rmsprop._errors import bare, short
+from optax_rmsprop.carry._back import WayBack
+from optax_rmsprop.carry._torch_memory import overlaps_itself
+from optax_rmsprop.carry._torch_read import tensors_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+def write(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, way: WayBack
+) -> None:
+    """Copy parameters, buffers and slots into torch's objects.
+
+    What can be known to fail is found before anything is written. If a write fails all
+    the same, what was written gets its old values again. The optimizer's state is built
+    beside the old one and takes its place at the end.
+    """
+    import torch
+
+    targets = tensors_of(model)
+    with torch.no_grad():
+        for name in way.written:
+            _check_target(name, targets[name])
+        old_state, state = optimizer.state, _state(targets, optimizer, way)
+        old: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            for name, array in way.arrays():
+                target = targets[name]
+                old.append((target, target.detach().clone()))
+                target.copy_(_to_tensor(array))
+            optimizer.state = state
+        except BaseException:
+            optimizer.state = old_state
+            for target, values in old:
+                # A tensor that refuses this has refused to be written before.
+                with contextlib.suppress(Exception):
+                    target.copy_(values)
+            raise
+
+
+def _check_target(name: str, target: torch.Tensor) -> None:
+    """Refuse a tensor that cannot be written."""
+    if overlaps_itself(target):
+        raise ValueError(
+            f"`{bare(name)}` must have a place in memory for each element, got one "
+            "that is expanded; clone it in torch"
+        )
+    try:
+        target.copy_(target.detach())  # its own values, so that nothing changes
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"`{bare(name)}` must be a tensor that torch can write, got one that "
+            f"refuses: {short(str(error))}; clone it in torch, outside of inference "
+            "mode"
+        ) from error
+
+
+def _state(
+    targets: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, way: WayBack
+) -> Any:
+    """The optimizer's state with the run's steps and slots, beside the old one."""
+    import torch
+
+    # Where the number of steps is kept on the parameter's device.
+    capturable = {
+        p for g in optimizer.param_groups if g.get("capturable") for p in g["params"]
+    }
+    state: Any = copy.copy(optimizer.state)
+    for name in way.unstepped:
+        state.pop(targets[name], None)
+    own: dict[torch.Tensor, dict[str, Any]] = {}
+    # Tensors made in inference mode could not be updated outside of it.
+    with torch.inference_mode(False):
+        for name, step, slot, array in way.slots():
+            parameter = targets[name]
+            if parameter not in own:
+                device = parameter.device if parameter in capturable else "cpu"
+                own[parameter] = dict(state.get(parameter, {}))
+                own[parameter]["step"] = _step(step, device)
+            new = _to_tensor(array).to(parameter.device, parameter.dtype)
+            own[parameter][slot] = new
+    state.update(own)
+    return state
+
+
+def _step(step: int, device: Any) -> torch.Tensor:
+    """In torch's dtype for it, or in one that holds it."""
+    import torch
+
+    is_exact = float(np.float32(step)) == step
+    dtype = torch.float32 if is_exact else torch.float64
+    return torch.tensor(float(step), dtype=dtype, device=device)
+
+
+def _to_tensor(array: np.ndarray) -> torch.Tensor:
+    """A tensor over the array's own memory: no one else may use the array."""
+    import torch
+
+    if array.dtype == jnp.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,0 +1,297 @@
+"""The usual layers of torch in the names and layouts of Flax, for ports of runs.
+
+Each function takes torch's arrays by name, as a port does, and the name of one layer,
+and returns that layer's parameters as Flax Linen and NNX call them:
+
+    from optax_rmsprop.carry import from_torch, torch_layers
+
+    def port(weights):
+        return {
+            "conv": torch_layers.conv(weights, "features.0"),
+            "norm": torch_layers.norm(weights, "features.1"),
+            "head": torch_layers.linear(weights, "classifier"),
+        }
+
+They only move elements. Layers without a bias (or without affine parameters) come out
+without one. What is not a parameter must be set in Flax by hand:
+
+torch | Flax
+---|---
+eps of BatchNorm, LayerNorm and GroupNorm, 1e-5 | epsilon; 1e-5 in BatchNorm, else 1e-6
+a variance without cancellation | use_fast_variance=False in every norm
+LayerNorm over several dimensions | reduction_axes and feature_axes, both
+momentum=0.1 of BatchNorm | momentum=0.9; 0.99 by default
+padding=n of a convolution, 0 by default | padding=n; "SAME" by default
+groups of a convolution | feature_group_count
+padding=n of a transposed one | padding=dilation * (kernel - 1) - n, before and after;
+output_padding | so much more after
+batch_first=False of LSTM and GRU, the default | time_major=True of RNN
+padding_idx of Embedding, whose row has no gradient | a gradient of 0 there, by hand
+
+BatchNorm's running variance is that of a sample (divided by n - 1) in torch, and of the
+population (by n) in Flax: carried, it is the other's until training renews it.
+"""
+
+from __future__ import annotations  # so that help() shows these types by name
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from optax_rmsprop._errors import bare, kind_of, shown
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+__all__ = [
+    "both_biases",
+    "conv",
+    "conv_transpose",
+    "embedding",
+    "gru",
+    "linear",
+    "lstm",
+    "nnx_fused",
+    "nnx_lstm",
+    "norm",
+    "one_bias",
+    "running_stats",
+]
+
+Weights = Mapping[str, np.ndarray]
+GATES = {"lstm": "ifgo", "gru": "rzn"}  # in the order in which torch stacks them
+
+
+def linear(
+    weights: Weights, name: str, flattened: tuple[int, ...] | None = None
+) -> dict[str, np.ndarray]:
+    """`torch.nn.Linear`, (out, in), as `Dense` or `nnx.Linear`, (in, out).
+
+    Args:
+      weights: torch's arrays by name.
+      name: of the layer.
+      flattened: where the input is a flattened image, its (channels, height, width) in
+        torch. Flax has the channels last, and so flattens to another order.
+    """
+    weight = _at(weights, name, "weight")
+    if flattened:
+        weight = np.moveaxis(weight.reshape(len(weight), *flattened), 1, -1)
+    return _layer(weights, name, kernel=weight.reshape(len(weight), -1).T)
+
+
+def conv(weights: Weights, name: str) -> dict[str, np.ndarray]:
+    """`torch.nn.Conv1d`, 2d, 3d as `Conv`: (out, in, ...) becomes (..., in, out).
+
+    Of a grouped convolution, in is that of one group in both.
+    """
+    kernel = np.moveaxis(_at(weights, name, "weight"), (0, 1), (-1, -2))
+    return _layer(weights, name, kernel=kernel)
+
+
+def conv_transpose(
+    weights: Weights, name: str, groups: int = 1
+) -> dict[str, np.ndarray]:
+    """`torch.nn.ConvTranspose1d`, 2d, 3d as `ConvTranspose`, which flips no kernel.
+
+    (in, out, ...) becomes (..., in, out), reversed in space. Flax's has no groups. With
+    them this is for `Conv` with input_dilation=stride, feature_group_count=groups and
+    the padding of a transposed convolution: the same function.
+
+    Raises:
+      ValueError: groups that are not torch's, where the bias tells.
+    """
+    weight = _at(weights, name, "weight")
+    n_in, n_out, *size = weight.shape
+    layer = _layer(weights, name)
+    if "bias" in layer and layer["bias"].size != n_out * groups:
+        raise ValueError(
+            f"`groups` must be torch's, {layer['bias'].size // n_out} in "
+            f"{shown(name)}, got {shown(groups)}; give those of the layer in torch"
+        )
+    kernel = np.flip(weight, tuple(range(2, weight.ndim)))
+    kernel = kernel.reshape(groups, n_in // groups, n_out, *size)
+    kernel = np.moveaxis(kernel, (1, 0, 2), (-3, -2, -1))
+    return {"kernel": kernel.reshape(*size, n_in // groups, groups * n_out)} | layer
+
+
+def embedding(weights: Weights, name: str) -> dict[str, np.ndarray]:
+    """`torch.nn.Embedding` as `Embed`."""
+    return {"embedding": _at(weights, name, "weight")}
+
+
+def norm(weights: Weights, name: str) -> dict[str, np.ndarray]:
+    """`torch.nn.BatchNorm1d`, 2d, 3d, LayerNorm, GroupNorm: what of them is trained.
+
+    Without affine parameters there is nothing to port.
+    """
+    return _layer(weights, name, scale=_at(weights, name, "weight"))
+
+
+def running_stats(weights: Weights, name: str) -> dict[str, np.ndarray]:
+    """The running mean and variance of a BatchNorm.
+
+    Linen keeps them in its collection `batch_stats`; in NNX they are variables beside
+    scale and bias: `norm(...) | running_stats(...)`.
+    """
+    mean, var = (_at(weights, name, f"running_{kind}") for kind in ("mean", "var"))
+    return {"mean": mean, "var": var}
+
+
+def lstm(
+    weights: Weights, name: str, layer: int = 0, reverse: bool = False
+) -> dict[str, Any]:
+    """A layer of `torch.nn.LSTM` as Linen's `LSTMCell` or `OptimizedLSTMCell`.
+
+    torch has two biases a gate, where Flax has one. Both are kept, because each takes
+    steps of its own: ii, if, ig, io have one too. Inside the loss give `one_bias(...)`
+    of this to Flax.
+
+    Args:
+      weights, name: torch's arrays, and the name of the LSTM.
+      layer: which of its layers, from 0.
+      reverse: whether that of the other direction, in a bidirectional one.
+
+    Raises:
+      ValueError: an LSTM with proj_size, which Flax does not have.
+    """
+    return _gates(weights, name, layer, reverse, "lstm")
+
+
+def gru(
+    weights: Weights, name: str, layer: int = 0, reverse: bool = False
+) -> dict[str, Any]:
+    """A layer of `torch.nn.GRU` as Linen's `GRUCell`; see `lstm`.
+
+    In ir and iz Flax has one bias where torch has two, in `in` and hn both.
+    """
+    return _gates(weights, name, layer, reverse, "gru")
+
+
+def one_bias(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of an `lstm` or `gru` as Linen's cells take them.
+
+    Where torch has two biases and Flax one, it is their sum. Call it inside the loss:
+    then each of the two gets the gradient, and the step, that it gets in torch. Where
+    torch has none (bias=False), Flax gets 0, which is not trained.
+    """
+    is_lstm = "ii" in cell
+    layers = {}
+    for key, layer in cell.items():
+        no_bias = np.zeros(layer["kernel"].shape[-1], layer["kernel"].dtype)
+        layers[key] = {"bias": no_bias, **layer}
+    for gate in GATES["lstm"] if is_lstm else "rz":
+        of_input, hidden = layers["i" + gate], layers["h" + gate]
+        keeps, loses = (hidden, of_input) if is_lstm else (of_input, hidden)
+        keeps["bias"] = keeps["bias"] + loses.pop("bias")
+    return layers
+
+
+def nnx_lstm(
+    weights: Weights, name: str, layer: int = 0, reverse: bool = False
+) -> dict[str, Any]:
+    """A layer of `torch.nn.LSTM` as an `nnx.LSTMCell` with `both_biases`; see `lstm`.
+
+    Of an `nnx.OptimizedLSTMCell` the parameters are called otherwise: there use
+    `nnx_fused`.
+    """
+    gates = lstm(weights, name, layer, reverse)
+    return {{"if": "if_"}.get(key, key): gate for key, gate in gates.items()}
+
+
+def nnx_fused(
+    weights: Weights, name: str, layer: int = 0, reverse: bool = False
+) -> dict[str, Any]:
+    """A layer of `torch.nn.GRU` as an `nnx.GRUCell` with `both_biases`.
+
+    Or one of `torch.nn.LSTM` as an `nnx.OptimizedLSTMCell` with them.
+    """
+    _check_cell(weights, name, "gru", "lstm")
+    return {
+        f"dense_{side[0]}": {
+            key: value.T
+            for key, value in _recurrent(weights, name, side, layer, reverse).items()
+        }
+        for side in ("ih", "hh")
+    }
+
+
+def both_biases(cell: nnx.Module) -> nnx.Module:
+    """Give the linear layers of an NNX cell the bias that they lack, and return it.
+
+    Flax has one bias where torch has two, which are added; and in `nnx.GRUCell` one of
+    the two is not there. With them, at first 0, the cell trains as torch's does.
+
+    Raises:
+      TypeError: something without linear layers of its own, such as an `nnx.RNN`.
+    """
+    from flax import nnx
+
+    layers = [layer for layer in vars(cell).values() if isinstance(layer, nnx.Linear)]
+    if not layers:
+        raise TypeError(
+            f"`cell` must have linear layers, got {kind_of(cell)}; give the cell that "
+            "it runs"
+        )
+    for layer in layers:
+        if not layer.use_bias:
+            zeros = jnp.zeros(layer.out_features, layer.param_dtype)
+            layer.bias, layer.use_bias = nnx.Param(zeros), True
+    return cell
+
+
+def _name(layer: str, kind: str) -> str:
+    return f"{layer}.{kind}" if layer else kind
+
+
+def _at(weights: Weights, layer: str, kind: str) -> np.ndarray:
+    return weights[_name(layer, kind)]
+
+
+def _layer(weights: Weights, name: str, **of_weight: Any) -> dict[str, np.ndarray]:
+    """With the bias, if there is one."""
+    bias = _name(name, "bias")
+    return of_weight | ({"bias": weights[bias]} if bias in weights else {})
+
+
+def _recurrent(
+    weights: Weights, name: str, side: str, layer: int, reverse: bool
+) -> dict[str, np.ndarray]:
+    """Kernel (transposed) and bias of all gates, from the input (ih) or state (hh)."""
+    suffix = f"{side}_l{layer}{'_reverse' if reverse else ''}"
+    found = {"kernel": _at(weights, name, f"weight_{suffix}")}
+    if _name(name, f"bias_{suffix}") in weights:
+        found["bias"] = _at(weights, name, f"bias_{suffix}")
+    return found
+
+
+def _gates(
+    weights: Weights, name: str, layer: int, reverse: bool, kind: str
+) -> dict[str, Any]:
+    _check_cell(weights, name, kind)
+    gates: dict[str, Any] = {}
+    for side in ("ih", "hh"):
+        arrays = _recurrent(weights, name, side, layer, reverse)
+        for key, array in arrays.items():
+            parts = np.split(array, len(GATES[kind]))
+            for gate, part in zip(GATES[kind], parts, strict=True):
+                gates.setdefault(side[0] + gate, {})[key] = part.T
+    return gates
+
+
+def _check_cell(weights: Weights, name: str, *kinds: str) -> None:
+    """Refuse a projection, and the weights of another class."""
+    projection = _name(name, "weight_hr_l0")
+    if projection in weights:
+        raise ValueError(
+            f"the LSTM must be without proj_size, which Flax does not have, got "
+            f"{bare(projection)}; port it by hand, to a cell of your own"
+        )
+    rows, hidden = _at(weights, name, "weight_hh_l0").shape
+    if rows not in [len(GATES[kind]) * hidden for kind in kinds]:
+        raise ValueError(
+            f"{bare(_name(name, 'weight_hh_l0'))} must be of torch's "
+            f"{' or '.join(kinds)}, got one of shape {(rows, hidden)}; use the "
+            "function for its class"
+        )

@@ -1,0 +1,63 @@
+"""The benchmarks of small states run, and count what they say they count."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script, *options):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_training_with_small_states(tmp_path):
+    pytest.importorskip("sklearn")
+    output, figure = tmp_path / "losses.json", tmp_path / "losses.png"
+    files = ("--output", output, "--figure", figure)
+    printed = run("small_state.py", "--quick", "--tasks", "probe", *files)
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 10
+    assert "probe | plain | uint8 state | " in printed
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_cost_of_small_states(tmp_path):
+    output = tmp_path / "cost.json"
+    run("small_state_cost.py", "--quick", "--reps", 1, "--output", output)
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 6
+    bytes_ = rows["2x4k momentum 1"]["state_bytes_a_parameter"]
+    assert list(bytes_.values()) == pytest.approx([8, 4, 2], abs=0.02)
+
+
+PROGRAM = """\
+%fused (p: f32[8,4]) -> f32[8,4] {
+  ROOT %x = f32[8,4]{1,0} add(%p, %p)
+}
+ENTRY %main (p: f32[8,4], c: u8[8,4]) -> (f32[8,4], u8[8,4]) {
+  %p = f32[8,4]{1,0:T(8,128)} parameter(0), metadata={op_name="p"}
+  %c = u8[8,4]{1,0:T(32,128)(4,1)} parameter(1)
+  %s = (u8[8,4]{1,0:S(1)}, u8[8,4]{1,0}, u32[]{:S(2)}) copy-start(%c)
+  %d = u8[8,4]{1,0:S(1)} copy-done(%s)
+  %f = (f32[8,4]{1,0}, u8[8,4]{1,0:S(1)}) fusion(%p, /*index=1*/%d), kind=kLoop
+  %g = f32[8,4]{1,0} get-tuple-element(%f), index=0
+  ROOT %t = (f32[8,4]{1,0}, u8[8,4]{1,0}) tuple(%g, %c)
+}
+"""
+
+
+def test_bytes_in_hbm_leave_out_what_stays_in_vmem(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    count = runpy.run_path(str(BENCHMARKS / "tpu.py"))["hbm_bytes"]
+    # c is copied to VMEM; p is read and its successor written.
+    assert count(PROGRAM) == 32 * (1 + 4 + 4)

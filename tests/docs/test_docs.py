@@ -1,0 +1,140 @@
+"""What the documents show holds: Python blocks, docstring examples, links."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import optax_rmsprop
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], key=str)
+MODULES = [
+    importlib.import_module(module.name)
+    for module in pkgutil.walk_packages(optax_rmsprop.__path__, "optax_rmsprop.")
+]
+
+
+def skip_without_torch(text):
+    if re.search(r"^[ >]*import .*\btorch\b", text, re.M):
+        pytest.importorskip("torch")
+
+
+# test_chinese_pages.py compares the blocks of Chinese pages with those of the English.
+ENGLISH = [page for page in PAGES if "zh" not in re.split(r"[./-]", str(page))]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+# They train networks, or compile many programs.
+SLOW = {"choosing", "faq", "low_precision", "never_nan", "quick_start"}
+
+
+def with_blocks():
+    for page in ENGLISH:
+        marks = [pytest.mark.slow] * (page.stem in SLOW)
+        yield pytest.param(page, marks=marks, id=str(page.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("page", list(with_blocks()))
+def test_python_blocks_run(page):
+    for code in blocks(page, "python"):
+        skip_without_torch(code)
+        exec(compile(code, str(page), "exec"), {})
+
+
+def test_the_readme_has_a_python_block():
+    assert blocks(ROOT / "README.md", "python")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_docstring_examples(module):
+    skip_without_torch(inspect.getsource(module))
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    public = [getattr(module, name, None) for name in ("rmsprop", "scale_by_stddev")]
+    if any(f is not None and f.__module__ == module.__name__ for f in public):
+        assert result.attempted > 0
+
+
+PUBLIC = [
+    optax_rmsprop.check_state_shardings,
+    optax_rmsprop.compress_state,
+    optax_rmsprop.decompress_state,
+    optax_rmsprop.diagnose,
+    optax_rmsprop.from_keras,
+    optax_rmsprop.from_optax,
+    optax_rmsprop.from_torch,
+    optax_rmsprop.from_torch_checkpoint,
+    optax_rmsprop.rmsprop,
+    optax_rmsprop.scale_by_rms,
+    optax_rmsprop.scale_by_stddev,
+    optax_rmsprop.state_shardings,
+    optax_rmsprop.stochastic_apply_updates,
+    optax_rmsprop.to_torch,
+]
+
+
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda function: function.__name__)
+def test_every_argument_is_explained(function):
+    text = inspect.getdoc(function)
+    explained = re.findall(r"^  (\w+): ", text.split("\nArgs:\n")[1], re.M)
+    arguments = list(inspect.signature(function).parameters)
+    assert explained[: len(arguments)] == arguments
+    sections = re.findall(r"^(Args|Returns|Raises|Example|References):", text, re.M)
+    returns = ["Returns"] * (function is not optax_rmsprop.to_torch)
+    assert sections == ["Args", *returns, "Raises", "Example", "References"]
+
+
+def test_public_names():
+    assert optax_rmsprop.__all__ == sorted(optax_rmsprop.__all__)
+    assert set(optax_rmsprop.__all__) <= set(dir(optax_rmsprop))
+    assert set(optax_rmsprop.__all__) == {
+        "CompressedState",
+        "Diagnosis",
+        "ScaleByRmsState",
+        "ScaleByStddevState",
+        "TorchRun",
+        "add_decayed_weights",
+        "carry",
+        "check_state_shardings",
+        "compress_state",
+        "decompress_state",
+        "diagnose",
+        "dialects",
+        "from_keras",
+        "from_optax",
+        "from_torch",
+        "from_torch_checkpoint",
+        "rmsprop",
+        "scale_by_rms",
+        "scale_by_stddev",
+        "state_shardings",
+        "stochastic_apply_updates",
+        "to_torch",
+        "torch_layers",
+        "trace",
+        "wrappers",
+    }
+
+
+def test_the_changelog_knows_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(.+?)\]", text, re.M)
+    released = [version for version in versions if version != "Unreleased"]
+    assert versions == ["Unreleased"] * ("Unreleased" in versions) + released
+    assert released[:1] in ([optax_rmsprop.__version__], [])
+    assert released or optax_rmsprop.__version__ == "0.1.0"  # which is not released yet
