@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from step import environment
 from torch import nn
+
+from step import environment
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
 
