@@ -49,7 +49,7 @@ def run_in_torch(setting, params, batches, digits):
     with torch.no_grad():
         for layer, name in ((model[0], "in"), (model[2], "out")):
             layer.weight.copy_(torch.tensor(params[name].T))
-            layer.bias.copy_(torch.tensor(params[f"{name}_bias"][0]))
+            layer.bias.copy_(torch.tensor(params[f"{name}_bias"]))
     optimizer = torch.optim.RMSprop(
         model.parameters(),
         lr=setting["learning_rate"],

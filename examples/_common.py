@@ -80,7 +80,7 @@ def shifted_batches(
     """One epoch in random order, each digit moved by up to a pixel either way."""
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
     moved = np.lib.stride_tricks.sliding_window_view(padded, (8, 8), axis=(1, 2))
-    steps = len(labels) // size  # a smaller last batch would be compiled again
+    steps = len(labels) // size  # a smaller last batch would need a second compilation
     for index in rng.permutation(len(labels))[: steps * size].reshape(steps, size):
         down, right = rng.integers(3, size=(2, size))
         yield moved[index, down, right], labels[index]
@@ -96,12 +96,12 @@ def loss_and_accuracy(
 
 def largest_difference(ours: Any, theirs: Any) -> float:
     """The largest difference of two trees of arrays; NaN if there is one."""
-    apart = jax.tree.map(lambda p, q: np.abs(p - q).max(), ours, theirs)
-    return float(np.max(jax.tree.leaves(apart)))
+    differences = jax.tree.map(lambda p, q: np.abs(p - q).max(), ours, theirs)
+    return float(np.max(jax.tree.leaves(differences)))
 
 
 def torch_weights(network: "nn.Module") -> dict[str, np.ndarray]:
-    """Copies of torch's arrays, into which torch goes on writing."""
+    """Copies of torch's arrays, because torch changes them in its next step."""
     return {name: w.numpy().copy() for name, w in network.state_dict().items()}
 
 

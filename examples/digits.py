@@ -14,6 +14,7 @@ Activation, decay, momentum and weight decay are EfficientNet's (arXiv:1905.1194
 """
 
 from pathlib import Path
+from typing import Any
 
 import _common
 import jax
@@ -22,10 +23,11 @@ import optax
 from _common import HELD_OUT, TRAINED_ON
 from flax import nnx
 
-from optax_rmsprop import rmsprop, torch_layers
+from optax_rmsprop import rmsprop
+from optax_rmsprop.carry import torch_layers
 
 BATCH, PEAK, DECAY = 32, 5e-4, 0.9
-RECIPE = {"eps": 1e-3, "momentum": 0.9, "weight_decay": 1e-5}
+RECIPE: dict[str, Any] = {"eps": 1e-3, "momentum": 0.9, "weight_decay": 1e-5}
 Pair = tuple[jax.Array, jax.Array]
 
 

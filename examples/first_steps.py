@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from _common import new_figure, parse_options, save_figure
 
@@ -30,14 +31,14 @@ def loss_of(params: Params, features: jax.Array, targets: jax.Array) -> jax.Arra
 
 
 def draw(history: list[tuple[jax.Array, jax.Array]], path: Path) -> None:
-    losses, weights = map(jnp.stack, zip(*history, strict=True))
+    losses, weights = map(np.array, zip(*history, strict=True))
     figure = new_figure(3.6)
     left, right = figure.subplots(1, 2)
     left.semilogy(losses)
     left.set(xlabel="epoch", ylabel="mean squared error", title="Loss")
     right.plot(weights, color="C0", linewidth=1)
-    right.hlines(jnp.arange(-5.0, 5.0) / 5, 0, len(history), "C5", linestyles=":")
-    right.set(xlabel="epoch", title="The ten weights, and where they should be")
+    right.hlines(np.arange(-5.0, 5.0) / 5, 0, len(history), "C5", linestyles=":")
+    right.set(xlabel="epoch", title="The ten weights and their true values")
     save_figure(figure, path)
 
 

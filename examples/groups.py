@@ -22,6 +22,7 @@ The same in torch:
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import _common
@@ -58,12 +59,12 @@ def kernels(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-RECIPE = {"decay": 0.9, "eps": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}
-RECIPE |= {"weight_decay_mask": kernels}
+RECIPE: dict[str, Any] = {"decay": 0.9, "eps": 1e-3, "momentum": 0.9}
+RECIPE |= {"weight_decay": 1e-3, "weight_decay_mask": kernels}
 
 
 def in_groups() -> optax.GradientTransformation:
-    # inject_hyperparams would take the mask for a schedule, were it not static.
+    # Without static_args, inject_hyperparams would take the mask for a schedule.
     group = optax.inject_hyperparams(rmsprop, static_args="weight_decay_mask")
     transforms = {"backbone": group(RATE / 10, **RECIPE), "head": group(RATE, **RECIPE)}
     transforms["stem"] = optax.set_to_zero()
@@ -71,29 +72,29 @@ def in_groups() -> optax.GradientTransformation:
     return optax.partition(transforms, {name: name for name in GROUPS})
 
 
-def train(
-    params: Any,
+@partial(jax.jit, static_argnames="tx")
+def train_step(
     tx: optax.GradientTransformation,
-    images: np.ndarray,
-    labels: np.ndarray,
-    steps: int,
-) -> Iterator[tuple[Any, optax.OptState]]:
-    @jax.jit
-    def train_step(
-        params: Any, state: optax.OptState, images: jax.Array, labels: jax.Array
-    ) -> tuple[Any, optax.OptState]:
-        grads, _ = jax.grad(measure, has_aux=True)(params, images, labels)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    params: Any,
+    state: optax.OptState,
+    images: jax.Array,
+    labels: jax.Array,
+) -> tuple[Any, optax.OptState]:
+    grads, _ = jax.grad(measure, has_aux=True)(params, images, labels)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
 
-    state, rng = jax.jit(tx.init)(params), np.random.default_rng(0)
+
+def batches(
+    images: np.ndarray, labels: np.ndarray, steps: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(0)
     for index in rng.integers(len(labels), size=(steps, 32)):
-        params, state = train_step(params, state, images[index], labels[index])
-        yield params, state
+        yield images[index], labels[index]
 
 
 def lower_rates(state: optax.OptState) -> None:
-    """Divide the learning rates by 10, in the state itself."""
+    """Divide the learning rates by 10, by writing into the state."""
     for name in ("backbone", "head"):
         state.inner_states[name].inner_state.hyperparams["learning_rate"] *= 0.1
 
@@ -101,31 +102,40 @@ def lower_rates(state: optax.OptState) -> None:
 @jax.jit
 def distances(params: Any, first: Any) -> list[jax.Array]:
     """How far each group has moved, relative to where it started."""
-    ways = jax.tree.map(lambda p, q: p - q, params, first)
-    return [optax.tree.norm(ways[g]) / optax.tree.norm(first[g]) for g in GROUPS]
+    moved = optax.tree.sub(params, first)
+    return [optax.tree.norm(moved[g]) / optax.tree.norm(first[g]) for g in GROUPS]
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _common.parse_options(__doc__, argv, steps=(600, "of both trainings"))
+    steps = options.steps
     images, held_out_images, labels, held_out_labels = _common.split_digits()
-    few, tx = labels < 5, rmsprop(RATE, **RECIPE)
     init = jax.jit(Network().init)
-    old, new = (init(jax.random.key(k), images[:1])["params"] for k in (0, 1))
-    *_, (known, _) = train(old, tx, images[few], labels[few], options.steps)
-    first, ways = {**known, "head": new["head"]}, []
-    for params, state in train(first, in_groups(), images, labels, options.steps):
-        ways.append(distances(params, first))
-        if len(ways) == options.steps // 2:
+    params, new = (init(jax.random.key(k), images[:1])["params"] for k in (0, 1))
+
+    few, tx = labels < 5, rmsprop(RATE, **RECIPE)
+    state = jax.jit(tx.init)(params)
+    for batch in batches(images[few], labels[few], steps):
+        params, state = train_step(tx, params, state, *batch)
+
+    params = first = {**params, "head": new["head"]}
+    tx, moved = in_groups(), []
+    state = jax.jit(tx.init)(params)
+    for step, batch in enumerate(batches(images, labels, steps)):
+        if step == steps // 2:
             lower_rates(state)
+        params, state = train_step(tx, params, state, *batch)
+        moved.append(distances(params, first))
 
     if options.output:
-        axes = _common.new_figure(3.6).subplots()
-        axes.plot(100 * np.array(ways), label=GROUPS)
+        figure = _common.new_figure(3.6)
+        axes = figure.subplots()
+        axes.plot(100 * np.array(moved), label=GROUPS)
         axes.set(xlabel="step (half way, rates fall to a tenth)", ylabel="moved, %")
         axes.legend()
-        _common.save_figure(axes.figure, options.output)
+        _common.save_figure(figure, options.output)
     _, accuracy = measure(params, held_out_images, held_out_labels)
-    each = ", ".join(f"{g} {way:.1%}" for g, way in zip(GROUPS, ways[-1], strict=True))
+    each = ", ".join(f"{g} {d:.1%}" for g, d in zip(GROUPS, moved[-1], strict=True))
     print(f"held-out accuracy {accuracy:.1%}; moved: {each}")
 
 

@@ -5,8 +5,8 @@
 
 trains the same network four times, draws the losses over each other, and ends with
 
-    bytes and loss, of 450 KiB and 0.0127: float32 100%, 100%; uint8 state 51%, 97%; \
-bfloat16 50%, 100%; bfloat16, to nearest 50%, 157%
+    bytes and loss, relative to 450 KiB and 0.0127: float32 100%, 100%; \
+uint8 state 51%, 97%; bfloat16 50%, 100%; bfloat16, to nearest 50%, 157%
 
 In bfloat16 a step is often shorter than half the way to the next number, and rounding
 to the nearest loses it. `stochastic_apply_updates` rounds up or down at random, so that
@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_rmsprop import compress_state, rmsprop, stochastic_apply_updates
+from optax_rmsprop import rmsprop
+from optax_rmsprop.wrappers import compress_state, stochastic_apply_updates
 
-EVERY = 20  # steps from one look at the loss to the next
-LOOKS = ("C5", 6), ("C0", 2.5), ("C2", 1), ("C3--", 1)  # some lie on one another
+EVERY = 20  # steps from one measurement of the loss to the next
+LOOKS = ("C5", 6), ("C0", 2.5), ("C2", 1), ("C3--", 1)  # some curves coincide
 Params = dict[str, jax.Array]
 
 
@@ -47,8 +48,8 @@ def ways(tx: optax.GradientTransformation) -> dict[str, tuple[Any, Any, Callable
 
 def first_params(dtype: Any) -> Params:
     rng = np.random.default_rng(0)
-    params = {"in": rng.normal(size=(64, 512)) / 8, "in_bias": np.zeros((1, 512))}
-    params |= {"out": rng.normal(size=(512, 10)) / 23, "out_bias": np.zeros((1, 10))}
+    params = {"in": rng.normal(size=(64, 512)) / 8, "in_bias": np.zeros(512)}
+    params |= {"out": rng.normal(size=(512, 10)) / 23, "out_bias": np.zeros(10)}
     return {name: jnp.asarray(p, dtype) for name, p in params.items()}
 
 
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     losses = np.array([losses[-1] for _, losses in runs.values()])
     each = zip(runs, sizes / sizes[0], losses / losses[0], strict=True)
     text = "; ".join(f"{name} {size:.0%}, {loss:.0%}" for name, size, loss in each)
-    print(f"bytes and loss, of {sizes[0]:.0f} KiB and {losses[0]:.4f}: {text}")
+    print(f"bytes and loss, relative to {sizes[0]:.0f} KiB and {losses[0]:.4f}: {text}")
 
 
 if __name__ == "__main__":

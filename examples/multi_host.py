@@ -27,7 +27,8 @@ from flax import linen
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from optax_rmsprop import rmsprop, state_shardings
+from optax_rmsprop import rmsprop
+from optax_rmsprop.wrappers import state_shardings
 
 BATCH, DEVICES = 128, 2  # digits in a step, virtual devices of a process
 TX = rmsprop(1e-3, 0.9, 1e-3, momentum=0.9)
@@ -54,8 +55,8 @@ def loss_of(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
 
 def in_parts(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
     """An equal share of the rows on each device, or a copy where they do not divide."""
-    axis = None if leaf.shape[0] % mesh.size else "devices"
-    sharding = NamedSharding(mesh, PartitionSpec(axis))
+    rows = PartitionSpec("devices" if leaf.shape[0] % mesh.size == 0 else None)
+    sharding = NamedSharding(mesh, rows)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
@@ -69,8 +70,8 @@ def train(steps: int, mesh: Mesh, index: int, count: int) -> tuple[Any, Any, Any
     by_rows = NamedSharding(mesh, PartitionSpec("devices"))
 
     def train_step(params: Any, state: Any, *batch: jax.Array) -> tuple[Any, ...]:
-        # Flax and optax leave the sharding of a loss's intermediates to the compiler. A
-        # mesh with Explicit axes would have them say it.
+        # Flax and optax leave the shardings of a loss's intermediates to the compiler.
+        # On a mesh with Explicit axes they would have to declare them.
         gradient, outputs = jax.value_and_grad(loss_of), (everywhere, of_params)
         gradient = jax.sharding.auto_axes(gradient, out_sharding=outputs)
         loss, grads = gradient(params, *batch)
@@ -93,14 +94,12 @@ def train(steps: int, mesh: Mesh, index: int, count: int) -> tuple[Any, Any, Any
 
 def compare(options: argparse.Namespace) -> None:
     """Train on all devices and on one of them; report how far the runs are apart."""
-    # Unless told otherwise, JAX multiplies in fewer bits on a GPU or TPU.
-    jax.config.update("jax_default_matmul_precision", "float32")
+    jax.config.update("jax_default_matmul_precision", "float32")  # on a TPU too
     mesh = jax.make_mesh((jax.device_count(),), ("devices",))
     index, count = jax.process_index(), jax.process_count()
     params, state, losses = train(options.steps, mesh, index, count)
     here = jax.tree.map(lambda leaf: leaf.addressable_data(0), (params, state))
     part = optax.tree.size(here) / optax.tree.size((params, state))
-
     one = jax.make_mesh((1,), ("devices",), devices=jax.local_devices()[:1])
     alone, _, losses_alone = train(options.steps, one, 0, 1)
     everything = multihost_utils.process_allgather(params, tiled=True)
@@ -137,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     if options.pod:
         jax.distributed.initialize()  # the pod tells it who the others are
-        return compare(options)
+        compare(options)
+        return
     with socket.create_server(("127.0.0.1", 0)) as server:  # finds a free port
         address = f"127.0.0.1:{server.getsockname()[1]}"
     spawn, count = multiprocessing.get_context("spawn"), options.processes

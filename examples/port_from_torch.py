@@ -6,12 +6,11 @@
 starts from the same weights, trains on the same batches, and ends with
 
     held-out accuracy 98.7% in torch, 98.7% in JAX, parameters within 1e-06
-
-The recipe is torchvision's for MobileNetV3, with a faster decay of the learning rate.
 """
 
 from collections import OrderedDict
 from functools import partial
+from typing import Any
 
 import _common
 import jax
@@ -22,14 +21,16 @@ from flax import linen
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from optax_rmsprop import dialects, torch_layers
+from optax_rmsprop import dialects
+from optax_rmsprop.carry import torch_layers
 
+# torchvision's recipe for MobileNetV3, with a faster decay of the learning rate.
 BATCH, RATE = 32, 0.016 * 32 / 256
 TWO_EPOCHS = 2 * (_common.TRAINED_ON // BATCH)
-RECIPE = {"alpha": 0.9, "eps": 0.0316, "momentum": 0.9, "weight_decay": 1e-5}
-# Channels in and out, size and stride of the kernel, groups. A bias before a norm would
-# have no gradient, only rounding, of which RMSprop makes whole steps. SiLU is smooth: a
-# ReLU's kink would part the two runs.
+RECIPE: Any = {"alpha": 0.9, "eps": 0.0316, "momentum": 0.9, "weight_decay": 1e-5}
+# Channels in and out, size and stride of the kernel, groups. A bias before a norm
+# would have a gradient of rounding errors only, which RMSprop scales up to whole steps.
+# SiLU is smooth: at a ReLU's kink, rounding errors would make the two runs differ.
 LAYERS = {
     "stem": (1, 16, 3, 1, 1),
     "depthwise1": (16, 16, 3, 1, 16),
@@ -45,8 +46,8 @@ def torch_network() -> nn.Sequential:
     torch.manual_seed(0)
     layers = OrderedDict[str, nn.Module](channel=nn.Unflatten(1, (1, 8)))
     for name, (inputs, channels, size, stride, groups) in LAYERS.items():
-        kinds = {"padding": size // 2, "groups": groups, "bias": False}
-        conv = nn.Conv2d(inputs, channels, size, stride, **kinds)
+        shape = inputs, channels, size, stride, size // 2
+        conv = nn.Conv2d(*shape, groups=groups, bias=False)
         layers[name] = nn.Sequential(conv, nn.BatchNorm2d(channels), nn.SiLU())
     layers["mean"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     layers["head"] = nn.Linear(128, 10)
@@ -59,15 +60,14 @@ class Network(linen.Module):
     @linen.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         x = images[..., None]
+        # momentum weights the old statistics; torch's momentum, 0.1, weights the new.
+        norm = partial(linen.BatchNorm, not self.training, momentum=0.9, epsilon=1e-5)
         for name, (_, channels, size, stride, groups) in LAYERS.items():
             # With a stride of 2, the padding "SAME" would pad only below and right.
-            kinds = {"padding": size // 2, "feature_group_count": groups}
-            kinds |= {"use_bias": False, "name": f"{name}_conv"}
-            x = linen.Conv(channels, (size, size), stride, **kinds)(x)
-            # momentum weights the old statistics; torch's weights the new, with 0.1.
-            kinds = {"momentum": 0.9, "epsilon": 1e-5, "name": f"{name}_norm"}
-            x = linen.BatchNorm(use_running_average=not self.training, **kinds)(x)
-            x = linen.silu(x)
+            shape = channels, (size, size), stride, size // 2
+            conv = partial(linen.Conv, feature_group_count=groups, use_bias=False)
+            x = conv(*shape, name=f"{name}_conv")(x)
+            x = linen.silu(norm(name=f"{name}_norm")(x))
         return linen.Dense(10, name="head")(x.mean((1, 2)))
 
 
@@ -83,41 +83,41 @@ def port(weights: dict[str, np.ndarray]) -> dict[str, dict]:
     return {"params": params, "batch_stats": statistics}
 
 
-def torch_optimizer(network: nn.Module) -> tuple[torch.optim.RMSprop, StepLR]:
+@partial(jax.value_and_grad, has_aux=True)
+def gradient(variables: dict, images: jax.Array, labels: jax.Array) -> tuple:
+    """The loss and the new running statistics; decorated, also the gradient."""
+    network = Network(training=True)
+    logits, changed = network.apply(variables, images, mutable="batch_stats")
+    return _common.loss_and_accuracy(logits, labels)[0], changed
+
+
+def optimizers(network: nn.Module) -> tuple[torch.optim.RMSprop, StepLR, Any]:
+    """The optimizer and its schedule in torch, and both in JAX."""
     groups = [
         {"params": [p for p in network.parameters() if p.ndim > 1]},
         {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0},
     ]
     optimizer = torch.optim.RMSprop(groups, lr=RATE, **RECIPE)
-    return optimizer, StepLR(optimizer, TWO_EPOCHS, gamma=0.7)
-
-
-def jax_optimizer() -> optax.GradientTransformation:
     schedule = optax.exponential_decay(RATE, TWO_EPOCHS, 0.7, staircase=True)
     kernels = partial(jax.tree.map, lambda p: p.ndim > 1)
-    return dialects.torch(schedule, **RECIPE, weight_decay_mask=kernels)
+    tx = dialects.torch(schedule, **RECIPE, weight_decay_mask=kernels)
+    return optimizer, StepLR(optimizer, TWO_EPOCHS, gamma=0.7), tx
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _common.parse_options(__doc__, argv, epochs=(15, "of training"))
     images, held_out_images, labels, held_out_labels = _common.split_digits()
-    network, tx = torch_network(), jax_optimizer()
-    in_torch = network, *torch_optimizer(network)
+    jax.config.update("jax_default_matmul_precision", "float32")  # on a GPU too
+    network = torch_network()
+    *in_torch, tx = network, *optimizers(network)
     variables = port(_common.torch_weights(network))
     state = tx.init(variables["params"])
 
     @jax.jit
-    def train_step(
-        variables: dict, state: optax.OptState, images: jax.Array, labels: jax.Array
-    ) -> tuple[dict, optax.OptState, jax.Array]:
-        def loss_of(params: dict) -> tuple[jax.Array, dict]:
-            here = {**variables, "params": params}
-            logits, changed = Network(True).apply(here, images, mutable="batch_stats")
-            return _common.loss_and_accuracy(logits, labels)[0], changed
-
+    def train_step(variables: dict, state: optax.OptState, *batch: jax.Array) -> tuple:
+        (loss, changed), grads = gradient(variables, *batch)
         params = variables["params"]
-        (loss, changed), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads["params"], state, params)
         return {"params": optax.apply_updates(params, updates), **changed}, state, loss
 
     rng, history = np.random.default_rng(0), []
@@ -139,10 +139,10 @@ def main(argv: list[str] | None = None) -> None:
         axes.legend(title="by epoch")
         _common.save_figure(axes.figure, options.output)
     torchs = _common.torch_accuracy(network, held_out_images, held_out_labels)
-    logits = Network(False).apply(variables, held_out_images)
+    logits = Network(training=False).apply(variables, held_out_images)
     _, ours = _common.loss_and_accuracy(logits, held_out_labels)
-    accuracies = f"{torchs:.1%} in torch, {ours:.1%} in JAX"
-    print(f"held-out accuracy {accuracies}, parameters within {apart:.0e}")
+    text = f"held-out accuracy {torchs:.1%} in torch, {ours:.1%} in JAX"
+    print(f"{text}, parameters within {apart:.0e}")
 
 
 if __name__ == "__main__":

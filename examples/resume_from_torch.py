@@ -14,20 +14,21 @@ run that stays in torch. It ends with lines like
 import itertools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import _common
 import jax
 import numpy as np
 import optax
 import torch
-from port_from_torch import Network, port, torch_network
+from port_from_torch import gradient, port, torch_network
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from optax_rmsprop import from_torch_checkpoint, to_torch
+from optax_rmsprop.carry import from_torch_checkpoint, to_torch
 
 BATCH, RATE = 32, 0.01
-RECIPE = {"alpha": 0.9, "eps": 0.0316, "momentum": 0.9}
+RECIPE: dict[str, Any] = {"alpha": 0.9, "eps": 0.0316, "momentum": 0.9}
 Batches = list[tuple[np.ndarray, np.ndarray]]
 
 
@@ -63,15 +64,10 @@ def train_in_flax(
 
     @jax.jit
     def train_step(
-        variables: dict, state: optax.OptState, images: jax.Array, labels: jax.Array
+        variables: dict, state: optax.OptState, *batch: jax.Array
     ) -> tuple[dict, optax.OptState, jax.Array]:
-        def loss_of(variables: dict) -> tuple[jax.Array, dict]:
-            network = Network(training=True)
-            logits, changed = network.apply(variables, images, mutable="batch_stats")
-            return _common.loss_and_accuracy(logits, labels)[0], changed
-
-        (loss, changed), grads = jax.value_and_grad(loss_of, has_aux=True)(variables)
-        # The statistics are in no group of the optimizer, which leaves them alone.
+        (loss, changed), grads = gradient(variables, *batch)
+        # The optimizer leaves the running statistics, which the forward pass changed.
         updates, state = run.tx.update(grads, state, variables)
         return {**optax.apply_updates(variables, updates), **changed}, state, loss
 
@@ -123,6 +119,7 @@ def draw(moved: list[float], stayed: list[float], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     options = _common.parse_options(__doc__, argv, epochs=(5, "of each leg"))
+    jax.config.update("jax_default_matmul_precision", "float32")  # on a GPU too
     images, held_out_images, labels, held_out_labels = _common.split_digits()
     data = images, labels, BATCH, np.random.default_rng(0)
     epochs = [list(_common.shifted_batches(*data)) for _ in range(3 * options.epochs)]

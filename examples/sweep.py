@@ -41,7 +41,7 @@ def first_params(seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     kernels = {"in": rng.normal(size=(64, HIDDEN)) / 8}
     kernels["out"] = rng.normal(size=(HIDDEN, 10)) / HIDDEN**0.5
-    biases = {"in_bias": np.zeros((1, HIDDEN)), "out_bias": np.zeros((1, 10))}
+    biases = {"in_bias": np.zeros(HIDDEN), "out_bias": np.zeros(10)}
     return {name: p.astype(np.float32) for name, p in (kernels | biases).items()}
 
 
