@@ -99,7 +99,7 @@ def train(options: argparse.Namespace, stop: threading.Event) -> tuple[int, dict
             state, loss = train_step(state, step, images[index], labels[index])
             done = step + 1
             last = done == options.steps or stop.is_set()
-            # Unless it is the last, Orbax saves only every `save_every` steps.
+            # Orbax saves the first step, every `save_every`-th and, forced, the last.
             if manager.save(done, args=ocp.args.StandardSave(state), force=last):
                 print(f"step {done}: loss {loss:.4f}", flush=True)
             if last:

@@ -1,6 +1,4 @@
 import collections
-import importlib
-from pathlib import Path
 
 import jax
 import pytest
@@ -42,11 +40,3 @@ def standard_promotion():
     """For the parts of optax that do not run under strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-@pytest.fixture(scope="module")
-def import_example():
-    """Imports a module of `examples/`, where one may import another."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent.parent / "examples")
-        yield importlib.import_module

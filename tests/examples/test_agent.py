@@ -61,10 +61,10 @@ def test_the_pole_is_gyms(example):
 
 
 def test_an_episode_ends_after_500_steps(example):
-    at_rest = jnp.zeros(4)
+    at_rest, play = jnp.zeros(4), jax.jit(example.play)
     for age, over in ((498, False), (499, True)):
-        now, (_, fell, ended, steps) = example.play(
-            at_rest, jnp.int32(age), jnp.int32(1), jax.random.key(0)
+        now, (_, fell, ended, steps) = play(
+            at_rest, jnp.int32(age), 1, jax.random.key(0)
         )
         assert int(steps) == age + 1
         assert not fell

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+
+nnx = pytest.importorskip("flax.nnx")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Each example in a short run, and, marked slow, in the run of the gallery."""
+"""The examples' command lines, and, marked slow, each in the run of the gallery."""
 
 import ast
 import re
@@ -12,27 +12,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 NEED_TORCH = {"port_from_torch", "resume_from_torch"}
-
-# Arguments of a short run, and the last line that it prints. The other examples compile
-# for too long: their whole runs are below.
-SHORT = {
-    "first_steps": (["--epochs=10"], r"epoch  10: loss [\d.]+"),
-    "groups": (
-        ["--steps=4"],
-        r"held-out accuracy \S+%; moved: stem 0.0%, .* head \S+%",
-    ),
-    "sweep": (["--steps=2", "--seeds=1"], r"best: learning_rate .* over 1 seeds"),
-}
-
-
-@pytest.mark.parametrize("name", SHORT)
-def test_a_short_run_draws_and_reports(name, import_example, tmp_path, capsys):
-    arguments, expected = SHORT[name]
-    figure = tmp_path / "new folder" / "figure.png"
-    import_example(name).main([*arguments, f"--output={figure}"])
-    assert re.fullmatch(expected, capsys.readouterr().out.splitlines()[-1])
-    assert figure.read_bytes().startswith(b"\x89PNG")
-
 
 # The least and the greatest value of each number in the last line of a whole run.
 WHOLE = {

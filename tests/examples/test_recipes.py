@@ -78,7 +78,9 @@ def test_rates_are_those_of_the_groups_and_fall(groups):
     np.testing.assert_allclose(steps_of_biases(state), lower, rtol=1e-5)
 
 
-def test_first_steps_equals_the_torch_lines_in_its_comments(import_example):
+def test_first_steps_equals_the_torch_lines_in_its_comments(
+    import_example, tmp_path, capsys
+):
     torch = pytest.importorskip("torch")
     keys = jax.random.split(jax.random.key(0))
     features = np.array(jax.random.normal(keys[0], (100, 10)))
@@ -94,5 +96,10 @@ def test_first_steps_equals_the_torch_lines_in_its_comments(import_example):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    figure = tmp_path / "new folder" / "figure.png"
+    last = import_example("first_steps").main([f"--output={figure}"])
     # observed: 3e-7; a loss near 0.01 after 100 float32 steps
-    assert abs(import_example("first_steps").main([]) - loss.item()) < 3e-6
+    assert abs(last - loss.item()) < 3e-6
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == f"epoch 100: loss {loss.item():.4f}"
+    assert figure.read_bytes().startswith(b"\x89PNG")
