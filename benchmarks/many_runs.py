@@ -2,8 +2,7 @@
 
 Both start from the same parameters and see the same batches. torch's runs go one after
 another, on one thread, and their time is scaled to 810 runs. The held-out losses are
-compared too. In runs with long steps each step enlarges what rounding does, and the two
-differ.
+compared too. Runs with long steps amplify rounding errors, and the two differ.
 
     python benchmarks/many_runs.py
 """
@@ -28,11 +27,11 @@ import _common
 import sweep as example
 
 SEEDS, STEPS, IN_TORCH = 5, 300, 16
-LONG_STEP = 0.35  # from which on rounding parts the two
+LONG_STEP = 0.35  # above it, rounding errors grow until the two runs differ
 
 
 def longest_step(setting):
-    """The bound of a step, of a gradient that spikes, summed over its momentum."""
+    """The longest step that a spike of the gradient makes, summed over its momentum."""
     rate, momentum = setting["learning_rate"], setting["momentum"]
     return rate / ((1 - momentum) * (1 - setting["decay"]) ** 0.5)
 

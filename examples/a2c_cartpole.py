@@ -10,8 +10,8 @@ call, and ends with a line of their mean, worst and best return, like
 
 Both learn. torch's are faster; TensorFlow's average begins at 1, so its first steps are
 short. Learning rate and its decay, decay, eps, clipping, discount and steps an update
-are A2C's in openai/baselines (baselines/a2c/a2c.py); the networks Stable-Baselines3's,
-and the rest is from its zoo (DLR-RM/rl-baselines3-zoo, hyperparams/a2c.yml).
+are A2C's in openai/baselines (baselines/a2c/a2c.py); the networks are
+Stable-Baselines3's, and the rest is from its zoo (DLR-RM/rl-baselines3-zoo, hyperparams/a2c.yml).
 """
 
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def targets_of(values: jax.Array, fell: jax.Array, ended: jax.Array) -> jax.Arra
     """Discounted rewards, 1 a step, given the values of the states reached."""
     targets = [values[-1]]
     for t in reversed(range(STEPS)):
-        # The time limit is no failure: what would have come after it counts.
+        # The time limit is not a failure: the value of the state reached counts.
         later = jnp.where(ended[t], values[t], targets[0])
         targets.insert(0, 1 + DISCOUNT * jnp.where(fell[t], 0, later))
     return jnp.stack(targets[:-1])

@@ -3,7 +3,7 @@
     pip install -e ".[examples]"
     python examples/char_model.py
 
-learns from the topics of `help()`, prints how it writes, and ends with a line like
+learns from the topics of `help()`, prints what it writes, and ends with a line like
 
     held-out loss 2.03 bits a character (xz, knowing the training text: 1.79)
 

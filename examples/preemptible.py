@@ -86,10 +86,10 @@ def train(options: argparse.Namespace, stop: threading.Event) -> tuple[int, dict
     images, _, labels, _ = _common.split_digits()
     state = first_state()
     save_every, folder = options.save_every, options.checkpoints.absolute()
-    habits = ocp.CheckpointManagerOptions(
+    settings = ocp.CheckpointManagerOptions(
         save_interval_steps=save_every, max_to_keep=3, cleanup_tmp_directories=True
     )
-    with ocp.CheckpointManager(folder, options=habits) as manager:
+    with ocp.CheckpointManager(folder, options=settings) as manager:
         done = manager.latest_step() or 0
         print(f"starting at step {done}", flush=True)
         if done:

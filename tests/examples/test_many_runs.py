@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STEPS = 30
 TOLERANCE = 1e-5  # of parameters near 1 after 30 float32 steps; observed: 1.0e-6
 # Relative, of a loss after 30 float64 steps; observed: 4.1e-8 in the wildest run. After
-# 300 they are 0.4 apart: each step of these runs enlarges what rounding does.
+# 300 they are 0.4 apart: each step of these runs amplifies rounding errors.
 TOLERANCE_64 = 4e-7
 
 

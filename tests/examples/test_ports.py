@@ -47,7 +47,7 @@ def test_the_port_keeps_the_runs_together(port_from_torch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["another dialect", "no mask"])
-def test_another_optimizer_parts(port_from_torch, change, monkeypatch, capsys):
+def test_another_optimizer_ends_elsewhere(port_from_torch, change, monkeypatch, capsys):
     torchs = dialects.torch
 
     def without_mask(*args, weight_decay_mask, **kwargs):
@@ -80,7 +80,7 @@ def test_the_resumed_run_stays_together(resume_from_torch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slot", ["momentum_buffer", "square_avg"])
-def test_a_resumed_run_that_loses_a_slot_parts(
+def test_a_resumed_run_that_loses_a_slot_ends_elsewhere(
     resume_from_torch, slot, monkeypatch, capsys
 ):
     write = resume_from_torch.to_torch

@@ -24,7 +24,9 @@ def test_the_schedule_is_efficientnets(efficientnet):
 
 
 @pytest.mark.slow
-def test_the_rate_may_stand_outside_only_while_it_is_constant(efficientnet):
+def test_the_rate_inside_and_outside_the_buffer_agree_while_it_is_constant(
+    efficientnet,
+):
     def losses(rate):
         inside = dialects.tensorflow(rate, momentum=0.9, epsilon=1e-3)
         outside = dialects.stable_baselines3(rate, alpha=0.9, momentum=0.9, eps=1e-3)
