@@ -9,9 +9,9 @@ call, and ends with a line of their mean, worst and best return, like
     after 500k steps: torch 500 (500 to 500), TensorFlow 497 (485 to 500)
 
 Both learn. torch's are faster; TensorFlow's average begins at 1, so its first steps are
-short. Learning rate and its decay, decay, eps, clipping, discount and steps an update
-are A2C's in openai/baselines (baselines/a2c/a2c.py); the networks are
-Stable-Baselines3's, and the rest is from its zoo (DLR-RM/rl-baselines3-zoo, hyperparams/a2c.yml).
+short. The settings are A2C's in openai/baselines (baselines/a2c/a2c.py), the networks
+are those of Stable-Baselines3, and the rest is from its zoo (DLR-RM/rl-baselines3-zoo,
+hyperparams/a2c.yml).
 """
 
 from collections.abc import Callable
