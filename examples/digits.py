@@ -105,6 +105,8 @@ def draw(history: np.ndarray, path: Path) -> None:
     loss.legend()
     accuracy.plot(epochs, 100 * history[..., 1], ".-")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
+    for axes in (loss, accuracy):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     _common.save_figure(figure, path)
 
 

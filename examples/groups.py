@@ -6,7 +6,7 @@
 trains a network on scikit-learn's digits 0 to 4, gives it a new head for all ten, and
 goes on in three groups, in which kernels decay, and biases and norms do not:
 
-    held-out accuracy 94.7%; moved: stem 0.0%, backbone 22.2%, head 202.3%
+    held-out accuracy 95.6%; moved: stem 0.0%, backbone 21.5%, head 199.0%
 
 The same in torch:
 

@@ -114,7 +114,9 @@ def compare(options: argparse.Namespace) -> None:
             axes = _common.new_figure(3.6).subplots()
             axes.semilogy(losses_alone, lw=5, alpha=0.5, label="loss on one device")
             axes.semilogy(losses, label="loss over all devices")
-            axes.semilogy(np.abs(np.subtract(losses, losses_alone)), ".", label="apart")
+            axes.semilogy(
+                np.abs(np.subtract(losses, losses_alone)), ".", label="difference"
+            )
             axes.legend(title="by step")
             _common.save_figure(axes.figure, options.output)
 
