@@ -25,6 +25,16 @@ from optax_rmsprop._numerics import (
 from optax_rmsprop.transforms import scale_by_rms, scale_by_stddev
 
 
+class ScaledTraceState(optax.TraceState):
+    """State of momentum with lr_in_momentum: the learning rate is inside the buffer.
+
+    Its type tells it from an `optax.TraceState`, in which the learning rate is not; the
+    arrays of one cannot be converted into those of the other.
+    """
+
+    __slots__ = ()
+
+
 @_errors.knows_foreign_names
 def rmsprop(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
@@ -181,7 +191,8 @@ def rmsprop(
                 optax.scale_by_learning_rate(learning_rate, flip_sign=False)
             )
         if has_momentum:
-            transforms.append(optax.trace(momentum, nesterov))
+            trace = _trace_of_steps if lr_in_momentum else optax.trace
+            transforms.append(trace(momentum, nesterov))
         if decays and decoupled_weight_decay:
             rate = weight_decay
             if lr_in_momentum:  # the learning rate has been applied already
@@ -300,6 +311,24 @@ def _check_booleans(tree: Any, *, alone: bool = True, remedy: str = "") -> None:
                 "`weight_decay_mask` must be a tree of True and False or a function "
                 f"that returns one, got {shown(leaf)} at {at(path)}{remedy}"
             )
+
+
+def _trace_of_steps(
+    decay: ArrayLike, nesterov: bool
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.trace` of updates that the learning rate has scaled."""
+    tx = optax.trace(decay, nesterov)
+
+    def init_fn(params: optax.Params) -> ScaledTraceState:
+        return ScaledTraceState(*tx.init(params))
+
+    def update_fn(
+        updates: optax.Updates, state: optax.TraceState, params: Any = None, **_: Any
+    ) -> tuple[optax.Updates, ScaledTraceState]:
+        updates, new = tx.update(updates, state, params)
+        return updates, ScaledTraceState(*new)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _add_decayed_weights(

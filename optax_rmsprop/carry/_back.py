@@ -15,6 +15,7 @@ from optax_rmsprop import _errors
 from optax_rmsprop._errors import at, bare, kind_of, shown, some
 from optax_rmsprop.carry._port import Port, flattened
 from optax_rmsprop.carry._run import FROZEN, Group, Source, is_masked, probe, report
+from optax_rmsprop.optimizer import ScaledTraceState
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
 
 AS_UPDATED = "give what the updates made of the run"
@@ -192,7 +193,10 @@ def _slots_in(
             "`opt_state` must be the state of the run's optimizer, got "
             f"{kind_of(state)}; give what its update returned"
         )
-    kinds = [type(part) for part in state]
+    kinds: list[Any] = [
+        optax.TraceState if isinstance(part, optax.TraceState) else type(part)
+        for part in state
+    ]
     known = {ScaleByRmsState, ScaleByStddevState, optax.TraceState}
     averages = sorted(kind.__name__ for kind in kinds if kind in known)
     if averages != sorted(kind.__name__ for kind in wanted):
@@ -229,8 +233,7 @@ def _slots_in(
     else:
         trees["square_avg"] = squares("nu")
     if has_momentum:
-        # The learning rate, where it is inside the buffer, stands before it.
-        inside = kinds.index(optax.TraceState) > kinds.index(type(part)) + 1
+        inside = isinstance(parts[optax.TraceState], ScaledTraceState)
         wants_inside = group.options.get("lr_in_momentum", False)
         if inside != wants_inside:
             where = {True: "inside", False: "outside"}

@@ -280,8 +280,11 @@ def _kind(part: Any) -> Any:
     """The same for a part of optax's and for ours that corresponds to it."""
     if not _is_part(part):
         return part.shape, part.dtype
-    is_ours = isinstance(part, _THEIRS + _OURS)
-    kind = "mu" in part._fields if is_ours else type(part)
+    kind: Any = type(part)
+    if isinstance(part, _THEIRS + _OURS):
+        kind = "mu" in part._fields
+    elif isinstance(part, optax.TraceState):
+        kind = optax.TraceState
     return kind, jax.tree.structure(part[-1]), *map(np.shape, jax.tree.leaves(part[-1]))
 
 
@@ -343,7 +346,7 @@ def _carried(
 ) -> Any:
     """A part of optax's state, as ours, if ours is another."""
     if isinstance(part, optax.TraceState):
-        return optax.TraceState(
+        return type(like)(
             jax.tree.map(lambda t, new: sign * cast(t, new.dtype), *part, *like)
         )
     if not isinstance(like, _OURS):
