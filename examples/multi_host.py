@@ -104,19 +104,19 @@ def compare(options: argparse.Namespace) -> None:
     alone, _, losses_alone = train(options.steps, one, 0, 1)
     everything = multihost_utils.process_allgather(params, tiled=True)
     apart = _common.largest_difference(everything, jax.device_get(alone))
-    losses_apart = np.abs(np.subtract(losses, losses_alone)).max()
+    differences = np.abs(np.subtract(losses, losses_alone))
     if index == 0:
         text = f"processes: {count}, devices: {mesh.size}, with {part:.1%} of the state"
         print(f"{text} on each; loss at the end {losses[-1]:.4f}")
-        text = f"losses within {losses_apart:.0e}, parameters within {apart:.0e} of"
+        text = (
+            f"losses within {differences.max():.0e}, parameters within {apart:.0e} of"
+        )
         print(f"{text} the run on one device")
         if options.output:
             axes = _common.new_figure(3.6).subplots()
             axes.semilogy(losses_alone, lw=5, alpha=0.5, label="loss on one device")
             axes.semilogy(losses, label="loss over all devices")
-            axes.semilogy(
-                np.abs(np.subtract(losses, losses_alone)), ".", label="difference"
-            )
+            axes.semilogy(differences, ".", label="difference")
             axes.legend(title="by step")
             _common.save_figure(axes.figure, options.output)
 
