@@ -108,10 +108,8 @@ def compare(options: argparse.Namespace) -> None:
     if index == 0:
         text = f"processes: {count}, devices: {mesh.size}, with {part:.1%} of the state"
         print(f"{text} on each; loss at the end {losses[-1]:.4f}")
-        text = (
-            f"losses within {differences.max():.0e}, parameters within {apart:.0e} of"
-        )
-        print(f"{text} the run on one device")
+        text = f"losses within {differences.max():.0e}, parameters within"
+        print(f"{text} {apart:.0e} of the run on one device")
         if options.output:
             axes = _common.new_figure(3.6).subplots()
             axes.semilogy(losses_alone, lw=5, alpha=0.5, label="loss on one device")
