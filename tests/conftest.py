@@ -7,10 +7,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-WITHOUT_TORCH = (
-    " (the extra `test` leaves it out on Linux with Python 3.12 and later, where its "
-    "wheel brings gigabytes of CUDA)"
-)
+WITHOUT_TORCH = " (pip install -e '.[parity]' brings it)"
 
 
 def pytest_terminal_summary(terminalreporter):
