@@ -9,39 +9,42 @@ ends with a line like
 The lines of the same program in torch stand in the comments.
 """
 
-import argparse
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from _common import new_figure, parse_options, save_figure
 
 from optax_rmsprop import rmsprop
 
+Params = dict[str, jax.Array]
 
-def predict(params, features):
+
+def predict(params: Params, features: jax.Array) -> jax.Array:
     return features @ params["weight"] + params["bias"]
 
 
-def loss_of(params, features, targets):
+def loss_of(params: Params, features: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.mean((predict(params, features) - targets) ** 2)
 
 
-def draw(history, path):
-    from digits import new_figure
-
-    losses, weights = map(jnp.stack, zip(*history, strict=True))
+def draw(history: list[tuple[jax.Array, jax.Array]], path: Path) -> None:
+    losses, weights = map(np.array, zip(*history, strict=True))
     figure = new_figure(3.6)
     left, right = figure.subplots(1, 2)
     left.semilogy(losses)
     left.set(xlabel="epoch", ylabel="mean squared error", title="Loss")
     right.plot(weights, color="C0", linewidth=1)
-    right.hlines(jnp.arange(-5.0, 5.0) / 5, 0, len(history), "C5", linestyles=":")
-    right.set(xlabel="epoch", title="The ten weights, and where they should be")
-    figure.savefig(path)
+    right.hlines(np.arange(-5.0, 5.0) / 5, 0, len(history), "C5", linestyles=":")
+    right.set(xlabel="epoch", title="The ten weights and their true values")
+    save_figure(figure, path)
 
 
-def main(epochs=100, figure=None):
+def main(argv: list[str] | None = None) -> float:
     """Train, print the loss every 10 epochs, and return the last one."""
+    options = parse_options(__doc__, argv, epochs=(100, "steps over all the data"))
     # features, noise = torch.randn(100, 10), torch.randn(100)
     # targets = features @ torch.arange(-5.0, 5.0) / 5 + 0.1 * noise
     keys = jax.random.split(jax.random.key(0))
@@ -57,7 +60,9 @@ def main(epochs=100, figure=None):
     state = optimizer.init(params)
 
     @jax.jit
-    def train_step(params, state):
+    def train_step(
+        params: Params, state: optax.OptState
+    ) -> tuple[Params, optax.OptState, jax.Array]:
         # loss = torch.nn.functional.mse_loss(model(features).squeeze(1), targets)
         # optimizer.zero_grad(); loss.backward()
         loss, grads = jax.value_and_grad(loss_of)(params, features, targets)
@@ -66,17 +71,15 @@ def main(epochs=100, figure=None):
         return optax.apply_updates(params, updates), state, loss
 
     history = []
-    for epoch in range(1, epochs + 1):
+    for epoch in range(1, options.epochs + 1):
         params, state, loss = train_step(params, state)
         history.append((loss, params["weight"]))
         if epoch % 10 == 0:
             print(f"epoch {epoch:3}: loss {loss:.4f}")
-    if figure:
-        draw(history, figure)
+    if options.output:
+        draw(history, options.output)
     return float(loss)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", metavar="FIGURE", help="draw the training there")
-    main(figure=parser.parse_args().output)
+    main()

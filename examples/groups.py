@@ -6,7 +6,7 @@
 trains a network on scikit-learn's digits 0 to 4, gives it a new head for all ten, and
 goes on in three groups, in which kernels decay, and biases and norms do not:
 
-    held-out accuracy 94.7%; moved: stem 0.0%, backbone 22.2%, head 202.3%
+    held-out accuracy 95.6%; moved: stem 0.0%, backbone 21.5%, head 199.0%
 
 The same in torch:
 
@@ -21,7 +21,11 @@ The same in torch:
     for group in optimizer.param_groups: group["lr"] /= 10  # when half is done
 """
 
-import digits
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import _common
 import jax
 import numpy as np
 import optax
@@ -29,89 +33,109 @@ from flax import linen
 
 from optax_rmsprop import rmsprop
 
-GROUPS, STEPS = ("stem", "backbone", "head"), 600
+GROUPS, RATE = ("stem", "backbone", "head"), 1e-3
 
 
 class Network(linen.Module):
-    def setup(self):
+    def setup(self) -> None:
         self.stem, self.head = linen.Dense(64), linen.Dense(10)
         self.backbone = linen.Sequential([linen.Dense(64), linen.LayerNorm()])
 
-    def __call__(self, images):
+    def __call__(self, images: jax.Array) -> jax.Array:
         x = linen.silu(self.stem(images.reshape(len(images), -1)))
         return self.head(linen.silu(self.backbone(x)))
 
 
-def measure(params, *batch):
-    return digits.loss_and_accuracy(Network().bind({"params": params}), *batch)
+@jax.jit
+def measure(
+    params: Any, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _common.loss_and_accuracy(
+        Network().apply({"params": params}, images), labels
+    )
 
 
-def kernels(params):
+def kernels(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-RECIPE = {"decay": 0.9, "eps": 1e-3, "momentum": 0.9, "weight_decay": 1e-3}
-RECIPE["weight_decay_mask"] = kernels
+RECIPE: dict[str, Any] = {"decay": 0.9, "eps": 1e-3, "momentum": 0.9}
+RECIPE |= {"weight_decay": 1e-3, "weight_decay_mask": kernels}
 
 
-def in_groups(rate):
-    # inject_hyperparams would call the mask as a schedule, were it not static.
+def in_groups() -> optax.GradientTransformation:
+    # Without static_args, inject_hyperparams would take the mask for a schedule.
     group = optax.inject_hyperparams(rmsprop, static_args="weight_decay_mask")
-    transforms = {"backbone": group(rate / 10, **RECIPE), "head": group(rate, **RECIPE)}
+    transforms = {"backbone": group(RATE / 10, **RECIPE), "head": group(RATE, **RECIPE)}
     transforms["stem"] = optax.set_to_zero()
-    return optax.partition(transforms, {g: g for g in GROUPS})  # first name in a path
+    # A label may stand for a whole subtree, here for each module of the network.
+    return optax.partition(transforms, {name: name for name in GROUPS})
 
 
-def train(params, tx, images, labels, steps):
-    @jax.jit
-    def train_step(params, state, *batch):
-        grads, _ = jax.grad(measure, has_aux=True)(params, *batch)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+@partial(jax.jit, static_argnames="tx")
+def train_step(
+    tx: optax.GradientTransformation,
+    params: Any,
+    state: optax.OptState,
+    images: jax.Array,
+    labels: jax.Array,
+) -> tuple[Any, optax.OptState]:
+    grads, _ = jax.grad(measure, has_aux=True)(params, images, labels)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
 
-    state, rng = tx.init(params), np.random.default_rng(0)
+
+def batches(
+    images: np.ndarray, labels: np.ndarray, steps: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(0)
     for index in rng.integers(len(labels), size=(steps, 32)):
-        params, state = train_step(params, state, images[index], labels[index])
-        yield params, state
+        yield images[index], labels[index]
 
 
-def distances(params, first):
-    ways = jax.tree.map(lambda p, q: p - q, params, first)
-    return [optax.tree.norm(ways[g]) / optax.tree.norm(first[g]) for g in GROUPS]
+def lower_rates(state: optax.OptState) -> None:
+    """Divide the learning rates by 10, by writing into the state."""
+    for name in ("backbone", "head"):
+        state.inner_states[name].inner_state.hyperparams["learning_rate"] *= 0.1
 
 
-def check(tx, first, params):
-    if not jax.tree.all(jax.tree.map(np.array_equal, params["stem"], first["stem"])):
-        raise SystemExit("expected the frozen stem to keep every bit, and it moved")
-    # Where gradients are 0, only weight decay makes an update.
-    updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
-    expected = kernels(params) | {"stem": {"kernel": False, "bias": False}}
-    if jax.tree.map(lambda u: bool(np.any(u)), updates) != expected:
-        raise SystemExit("expected decay of the kernels of backbone and head, no other")
+@jax.jit
+def distances(params: Any, first: Any) -> list[jax.Array]:
+    """How far each group has moved, relative to where it started."""
+    moved = optax.tree.sub(params, first)
+    return [optax.tree.norm(moved[g]) / optax.tree.norm(first[g]) for g in GROUPS]
 
 
-def main(argv=None):
-    options = digits.parse(__doc__, __file__, argv, steps=(STEPS, "of training"))
-    images, held_out_images, labels, held_out_labels = digits.split_digits()
-    few, tx = labels < 5, rmsprop(1e-3, **RECIPE)
-    old, new = (Network().init(jax.random.key(k), images[:1])["params"] for k in (0, 1))
-    *_, (known, _) = train(old, tx, images[few], labels[few], STEPS)
-    first, tx, ways = known | {"head": new["head"]}, in_groups(1e-3), []
-    for params, state in train(first, tx, images, labels, options.steps):
-        ways.append(distances(params, first))
-        if len(ways) == options.steps // 2:
-            for group in GROUPS[1:]:  # what is written here is in the state
-                rates = state.inner_states[group].inner_state.hyperparams
-                rates["learning_rate"] *= 0.1
+def main(argv: list[str] | None = None) -> None:
+    options = _common.parse_options(__doc__, argv, steps=(600, "of both trainings"))
+    steps = options.steps
+    images, held_out_images, labels, held_out_labels = _common.split_digits()
+    init = jax.jit(Network().init)
+    params, new = (init(jax.random.key(k), images[:1])["params"] for k in (0, 1))
 
-    axes = digits.new_figure(3.6).subplots()
-    axes.plot(100 * np.array(ways), label=GROUPS)
-    axes.set(xlabel="step (half way, rates fall to a tenth)", ylabel="moved, %")
-    axes.legend()
-    axes.figure.savefig(options.output, dpi=150)
-    check(tx, first, params)
+    few, tx = labels < 5, rmsprop(RATE, **RECIPE)
+    state = jax.jit(tx.init)(params)
+    for batch in batches(images[few], labels[few], steps):
+        params, state = train_step(tx, params, state, *batch)
+
+    params = first = {**params, "head": new["head"]}
+    tx, moved = in_groups(), []
+    state = jax.jit(tx.init)(params)
+    for step, batch in enumerate(batches(images, labels, steps)):
+        if step == steps // 2:
+            lower_rates(state)
+        params, state = train_step(tx, params, state, *batch)
+        moved.append(distances(params, first))
+
+    if options.output:
+        figure = _common.new_figure(3.6)
+        axes = figure.subplots()
+        axes.plot(100 * np.array(moved), label=GROUPS)
+        axes.set(xlabel="step (half way, rates fall to a tenth)", ylabel="moved, %")
+        axes.legend()
+        _common.save_figure(figure, options.output)
     _, accuracy = measure(params, held_out_images, held_out_labels)
-    each = ", ".join(f"{g} {way:.1%}" for g, way in zip(GROUPS, ways[-1], strict=True))
+    each = ", ".join(f"{g} {d:.1%}" for g, d in zip(GROUPS, moved[-1], strict=True))
     print(f"held-out accuracy {accuracy:.1%}; moved: {each}")
 
 

@@ -1,6 +1,4 @@
 import collections
-import importlib
-from pathlib import Path
 
 import jax
 import pytest
@@ -9,10 +7,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-WITHOUT_TORCH = (
-    " (the extra `test` leaves it out on Linux with Python 3.12 and later, where its "
-    "wheel brings gigabytes of CUDA)"
-)
+WITHOUT_TORCH = " (pip install -e '.[parity]' brings it)"
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -42,11 +37,3 @@ def standard_promotion():
     """For the parts of optax that do not run under strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-@pytest.fixture(scope="module")
-def import_example():
-    """Imports a module of `examples/`, where one may import another."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent.parent / "examples")
-        yield importlib.import_module

@@ -38,7 +38,7 @@ def page(*, home: str | None = None) -> str:
 
 
 def outside_references(html: str) -> list[str]:
-    """What a browser would fetch."""
+    """The addresses that a browser would fetch."""
     fetched = r"""(?:src|href|action|srcset|data)\s*=\s*["']?(?!data:|#)[^\s"'>]+"""
     found = re.findall(rf"<[^>]*\s({fetched})", html)
     return found + re.findall(r"@import.*|url\(.*|\bfetch\(.*|\bimport\(.*", html)

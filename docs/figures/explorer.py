@@ -2,7 +2,7 @@
 
     python docs/figures/explorer.py
 
-Needs Chromium, and the extra `test`, which has playwright.
+Needs Chromium, and the extra `browser`, which has playwright.
 """
 
 import runpy

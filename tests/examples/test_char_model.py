@@ -1,17 +1,14 @@
-"""The character model: what is held out, what is learned, what is drawn."""
+"""The character model: what is held out, its loss, the step sizes that it draws."""
 
 import itertools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("flax")
-
-from flax import nnx
+nnx = pytest.importorskip("flax.nnx")
 
 
 @pytest.fixture(scope="module")
@@ -35,29 +32,8 @@ def test_nothing_held_out_is_trained_on(example):
     assert len(known) > 20
 
 
-def entropy(text):
-    counts = np.unique([*text], return_counts=True)[1] / len(text)
-    return -(counts * np.log2(counts)).sum()
-
-
-def test_it_learns_and_draws(example, tmp_path, capsys):
-    figure = tmp_path / "new folder" / "char_model.png"
-    bits = example.main(["--steps=40", "--output", str(figure)])
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    *_, last = capsys.readouterr().out.splitlines()
-    found = re.fullmatch(
-        r"held-out loss ([\d.]+) bits a character \(xz, knowing the training text: "
-        rf"([\d.]+)\), figure in {re.escape(str(figure))}",
-        last,
-    )
-    assert float(found[1]) == pytest.approx(bits, abs=0.006)
-    assert 1.5 < float(found[2]) < 3
-    # It knows more than how frequent each character is. Observed: 3.46 and 4.59
-    _, held_out = example.texts()
-    assert 1 < bits < entropy(held_out) - 0.3
-
-
-def test_losses_are_bits_of_the_next_character(example):
+@pytest.mark.slow
+def test_losses_are_those_of_the_next_character(example):
     model = example.Writer(7, nnx.Rngs(0))
     text = np.random.default_rng(0).integers(7, size=(3, 6)).astype(np.int32)
     hidden = jnp.zeros((3, example.UNITS))
@@ -69,7 +45,6 @@ def test_losses_are_bits_of_the_next_character(example):
             h, _ = model.cell(h, model.embed(jnp.array([letter])))
             expected -= jax.nn.log_softmax(model.head(h))[0, following]
     assert float(loss) == pytest.approx(float(expected) / 3, rel=1e-5)
-    assert example.bits(5 * math.log(4), 5) == pytest.approx(2)
     # The state goes on: two halves are the whole, and without it they are not.
     first, middle = example.loss_of(model, hidden, text[:, :4])
     second, end = example.loss_of(model, middle, text[:, 3:])
@@ -79,6 +54,7 @@ def test_losses_are_bits_of_the_next_character(example):
     np.testing.assert_allclose(end, last, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_step_sizes_are_those_of_the_optimizer(example):
     """A gradient's step is its step size times the gradient."""
     model = example.Writer(7, nnx.Rngs(0))
@@ -92,9 +68,9 @@ def test_step_sizes_are_those_of_the_optimizer(example):
     norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)))
     example.train_step(model, optimizer, hidden, text)
     shown = example.step_sizes(optimizer)
-    assert shown.shape == (3, 3)
+    assert shown.shape == (3,)
     after = nnx.state(model, nnx.Param)
-    for layer, deciles in zip(example.LAYERS, shown, strict=True):
+    for layer, median in zip(example.LAYERS, shown, strict=True):
         flat = [
             np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree[layer])])
             for tree in (before, after, gradient)
@@ -104,6 +80,4 @@ def test_step_sizes_are_those_of_the_optimizer(example):
         sizes = (flat[0] - flat[1])[moved] / clipped[moved]
         expected = example.RATE / (np.sqrt(0.05) * np.abs(clipped) + example.EPS)
         np.testing.assert_allclose(sizes, expected[moved], rtol=1e-3)
-        np.testing.assert_allclose(
-            deciles, np.quantile(expected, [0.1, 0.5, 0.9]), rtol=1e-3
-        )
+        np.testing.assert_allclose(median, np.median(expected), rtol=1e-3)

@@ -1,14 +1,11 @@
-"""The actor-critic example: its pole is gym's, its targets and its two optimizers."""
+"""The actor-critic example: its pole is gym's, and its targets."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-pytest.importorskip("flax")
 
 RNG = np.random.default_rng(0)
 TOLERANCE = 1e-6  # of states near 1, one float32 step; observed: 1.2e-7
@@ -64,10 +61,10 @@ def test_the_pole_is_gyms(example):
 
 
 def test_an_episode_ends_after_500_steps(example):
-    at_rest = jnp.zeros(4)
+    at_rest, play = jnp.zeros(4), jax.jit(example.play)
     for age, over in ((498, False), (499, True)):
-        now, (_, fell, ended, steps) = example.play(
-            at_rest, jnp.int32(age), jnp.int32(1), jax.random.key(0)
+        now, (_, fell, ended, steps) = play(
+            at_rest, jnp.int32(age), 1, jax.random.key(0)
         )
         assert int(steps) == age + 1
         assert not fell
@@ -94,44 +91,3 @@ def test_targets(example):
     np.testing.assert_allclose(targets, expected, atol=1e-6)
     as_failures = example.targets_of(values, ended, ended)
     assert np.abs(as_failures - expected).max() > 0.1
-
-
-def test_the_optimizers_are_what_they_are_called(example):
-    """First step after a gradient of norm 5, clipped at 0.5, with torch's numbers."""
-    gradient = jnp.array([3.0, 4.0])
-    clipped = np.array([0.3, 0.4])
-    expected = {
-        "torch": -7e-4 * clipped / (np.sqrt(0.01 * clipped**2) + 1e-5),
-        "TensorFlow": -7e-4 * clipped / np.sqrt(0.99 + 0.01 * clipped**2 + 1e-5),
-    }
-    assert expected.keys() == example.DIALECTS.keys()
-    for name, dialect in example.DIALECTS.items():
-        tx = example.optimizer(dialect, 10)
-        step, state = tx.update(gradient, tx.init(gradient))
-        np.testing.assert_allclose(step, expected[name], rtol=1e-5)
-        for _ in range(10):
-            step, state = tx.update(gradient, state)
-        assert not np.any(step)  # the learning rate has come to 0
-
-
-def test_it_learns_and_draws(example, tmp_path, capsys):
-    figure = tmp_path / "new folder" / "a2c_cartpole.png"
-    curves = example.main(["--windows=6", "--seeds=2", "--output", str(figure)])
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    last = capsys.readouterr().out.splitlines()[-1]
-    found = re.fullmatch(
-        r"return after 24k steps, mean of 2 seeds: torch (\d+) \((\d+) to (\d+)\), "
-        rf"TensorFlow (\d+) \((\d+) to (\d+)\); figure in {re.escape(str(figure))}",
-        last,
-    )
-    numbers = np.array([*map(int, found.groups())]).reshape(2, 3)
-    for curve, reported in zip(curves.values(), numbers, strict=True):
-        assert curve.shape == (2, 6)
-        ends = curve[:, -1]
-        expected = ends.mean(), ends.min(), ends.max()
-        np.testing.assert_allclose(reported, expected, atol=0.51)
-        assert curve[:, 0].max() < 40  # by chance: 22
-    # An average that begins at 1 begins with short steps: here too short to learn.
-    torchs, tensorflows = curves["torch"], curves["TensorFlow"]
-    assert torchs[:, -1].min() > 80  # observed: 172
-    assert tensorflows.max() < 40  # observed: 24
