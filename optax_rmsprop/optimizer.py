@@ -270,10 +270,13 @@ def _momentum(
 @functools.partial(jax.jit, static_argnums=0)
 def _momentum_leaf(
     nesterov: bool, decay: ArrayLike, u: jax.Array, b: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    decay = jnp.asarray(decay, b.real.dtype)
-    b = u + decay * b
-    return u + decay * b if nesterov else b, b
+) -> tuple[jax.Array, ...]:
+    def update(u: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
+        momentum = jnp.asarray(decay, b.dtype)
+        b = momentum * b + u
+        return momentum * b + u if nesterov else b, b
+
+    return by_parts(update, cast(u, b.dtype), b)
 
 
 def _decay_weights(
