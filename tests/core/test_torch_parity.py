@@ -8,7 +8,15 @@ import optax
 import pytest
 
 import optax_rmsprop
-from helpers import problem, relative_difference, run_optax, run_ours, run_torch
+from helpers import (
+    pairwise,
+    problem,
+    relative_difference,
+    run_optax,
+    run_ours,
+    run_torch,
+    slow_but,
+)
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("x64")
@@ -40,14 +48,19 @@ def case_id(options):
     return "-".join(f"{name}={value}" for name, value in options.items() if value)
 
 
-@pytest.mark.parametrize("options", CASES, ids=case_id)
+in_every_case = pytest.mark.parametrize(
+    "options", slow_but(pairwise(CASES), CASES, case_id)
+)
+
+
+@in_every_case
 def test_float64_equals_torch(options):
     run = problem(STEPS)
     ours, torchs = (r(*run, np.float64, **options) for r in (run_ours, run_torch))
     assert relative_difference(ours, torchs) <= FLOAT64_TOLERANCE
 
 
-@pytest.mark.parametrize("options", CASES, ids=case_id)
+@in_every_case
 def test_float32_is_as_exact_as_torch(options):
     run = problem(STEPS)
     exact = run_torch(*run, np.float64, **options)["params"]["matrix"]
