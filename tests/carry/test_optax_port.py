@@ -163,10 +163,21 @@ CHAINS = {
     "apply_if_finite": both(lambda make, args: optax.apply_if_finite(make(**args), 3)),
 }
 APPROXIMATE = {"a trace of 16 bits"}  # in optax
+# One of each kind of part: a variance, a mask, groups, numbers in the state, a wrapper
+# that counts, a trace of another dtype, one whose sign nothing shows.
+QUICK = {
+    "stddev",
+    "masked",
+    "partition",
+    "inject",
+    "multi_steps",
+    "a trace of 16 bits",
+    "no rate any more",
+}
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", slow_but(QUICK, CHAINS))
 def test_chains_go_on(name):
     source, tx = CHAINS[name]
     every = source._every_k_schedule(0) if isinstance(source, optax.MultiSteps) else 1
