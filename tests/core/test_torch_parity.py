@@ -71,7 +71,9 @@ def test_float32_is_as_exact_as_torch(options):
     assert 0 < ours <= FLOAT32_ERROR_RATIO * torchs
 
 
-@pytest.mark.parametrize("options", COMPLEX_CASES, ids=case_id)
+@pytest.mark.parametrize(
+    "options", slow_but(COMPLEX_CASES[::3], COMPLEX_CASES, case_id)
+)
 def test_complex_equals_torch(options):
     run = problem(STEPS, np.complex128)
     exact = run_torch(*run, np.complex128, **options)
@@ -95,7 +97,7 @@ MOVED = [
 @pytest.mark.parametrize(
     ("shared", "moved"), [row[:2] for row in MOVED], ids=[row[2] for row in MOVED]
 )
-@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("centered", slow_but([False], [False, True]))
 def test_another_dialect_does_not_equal_torch(shared, moved, centered):
     run = problem(STEPS)
     shared = {"decay": 0.9, "eps": 1e-2, "centered": centered} | shared

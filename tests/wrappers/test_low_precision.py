@@ -393,7 +393,7 @@ def on_eight(dtype):
     return mesh, NamedSharding(mesh, ROWS), tx, params, params[None] + noise
 
 
-@in_either
+@in_codes_first
 def test_on_eight_devices_as_on_one(dtype):
     mesh, by_rows, tx, params, gradients = on_eight(dtype)
     step = jax.jit(stepper(tx))
@@ -416,7 +416,7 @@ def test_on_eight_devices_as_on_one(dtype):
     np.testing.assert_array_equal(alone[0], parts[0])
 
 
-@in_either
+@in_codes_first
 def test_within_shard_map_every_shard_has_formats_of_its_own(dtype):
     mesh, by_rows, tx, params, gradients = on_eight(dtype)
     # The same partition serves every array of the state, on one device or on eight.
@@ -447,7 +447,11 @@ BINADES = 2.0 ** jnp.repeat(jnp.arange(-30.0, 1.0), 200)
 
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [("uint8", {}), ("uint8", {"momentum": 0.9}), ("bfloat16", {})],
+    [
+        ("uint8", {}),
+        pytest.param("uint8", {"momentum": 0.9}, marks=pytest.mark.slow),
+        ("bfloat16", {}),
+    ],
     ids=["uint8-plain", "uint8-momentum", "bfloat16-plain"],
 )
 def test_steps_stay_short_over_thirty_binades_of_gradients(dtype, options):

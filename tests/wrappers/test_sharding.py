@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import WRAPPERS, stepper
+from helpers import WRAPPERS, slow_but, stepper
 from optax_rmsprop import (
     check_state_shardings,
     compress_state,
@@ -436,7 +436,7 @@ needs_explicit = pytest.mark.skipif(
 
 
 @needs_explicit
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["everything", "uint8"], KINDS))
 def test_inits_in_explicit_mode(kind):
     """There, `jax.jit` needs no help to shard a state, nor to keep it so."""
     mesh, params, places, shardings = fsdp("Explicit", kind)
@@ -451,7 +451,7 @@ def test_inits_in_explicit_mode(kind):
         check_state_shardings(state, automatic)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["everything", "uint8"], KINDS))
 def test_inits_in_automatic_mode(kind):
     """A compiled init does not look at its argument, and one that is not does."""
     tx = KINDS[kind]
