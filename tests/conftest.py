@@ -5,6 +5,7 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 8)  # of which all but shardings use the first
 
 
 WITHOUT_TORCH = " (pip install -e '.[parity]' brings it)"
@@ -22,6 +23,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(
             f"left out: {reason}, in {', '.join(sorted(where))}"
         )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """JAX keeps every program; the whole suite's take gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -1,14 +1,67 @@
-"""Runs of the same problem in JAX, in torch and by the NumPy reference."""
+"""Runs of the same problem in JAX, in torch and by the NumPy reference; tables.
+
+Most tests make their updates without `jax.jit`: an operation is compiled once for each
+shape and dtype, and then serves every test of the process. A compiled step serves one
+test, and takes a hundred times as long to build as an update takes without.
+"""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import optax_rmsprop
 import reference
+
+
+def pairwise(cases):
+    """A few of the cases, in which every two options have every pair of values.
+
+    Each is the case with the most pairs that are in none before it.
+    """
+
+    def pairs(case):
+        values = [(k, repr(v)) for k, v in case.items()]
+        return {*values, *itertools.combinations(values, 2)}
+
+    missing, chosen = set().union(*map(pairs, cases)), []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(pairs(case) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
+
+
+def slow_but(quick, cases, name=str):
+    """All the cases for `parametrize`; those that are not among the quick are slow."""
+    return [
+        pytest.param(
+            case, id=name(case), marks=[pytest.mark.slow] * (case not in quick)
+        )
+        for case in cases
+    ]
+
+
+# What optax puts around a transformation, which a function without arguments makes. The
+# updates stay what they are alone.
+WRAPPERS = {
+    "chain": lambda make: optax.chain(optax.clip_by_global_norm(1e9), make()),
+    "nested": lambda make: optax.chain(optax.chain(make(), optax.scale(1.0))),
+    "masked": lambda make: optax.masked(
+        make(), lambda tree: jax.tree.map(lambda _: True, tree)
+    ),
+    "partition": lambda make: optax.partition(
+        {"all": make()}, lambda tree: jax.tree.map(lambda _: "all", tree)
+    ),
+    "inject_hyperparams": lambda make: optax.inject_hyperparams(make)(),
+    "apply_if_finite": lambda make: optax.apply_if_finite(make(), 3),
+    "MultiSteps": lambda make: optax.MultiSteps(make(), 1).gradient_transformation(),
+}
+# These branch with `lax.cond`, which is compiled in every update without `jax.jit`.
+BRANCHING = ("apply_if_finite", "MultiSteps")
 
 ENTRIES = ("nu", "mu", "var", "trace")
 # Wrappers of period 3 or 4 come round three or four times in so many steps, so that a
@@ -63,8 +116,22 @@ def stepper(tx):
     return step
 
 
-def train(tx, params, gradients):
-    """The parameters after every update, and the last state."""
+def train(tx, params, gradients, step=None):
+    """The parameters after every update, and the last state.
+
+    The step may be compiled: MultiSteps, apply_if_finite and lookahead branch with
+    `lax.cond`, which is compiled again in every update otherwise.
+    """
+    step = step or stepper(tx)
+    state, history = tx.init(params), []
+    for g in by_step(gradients):
+        params, state = step(params, state, g)
+        history.append(params)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *history), state
+
+
+def train_compiled(tx, params, gradients):
+    """The same in one compiled loop."""
 
     def scanned(carry, g):
         carry = stepper(tx)(*carry, g)

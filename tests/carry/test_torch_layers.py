@@ -98,7 +98,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_conv(rank, kind):
     options = {"padding": 0, "stride": 1, "dilation": 1, "bias": True} | KINDS[kind]
     size = (3, 2, 4)[:rank]

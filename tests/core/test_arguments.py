@@ -423,13 +423,13 @@ def test_parameters_that_do_not_match_the_gradients(name):
 
 
 def test_an_error_about_many_leaves_names_the_first_few():
-    many = {f"{i:05}": np.ones(2, np.float32) for i in range(20_000)}
-    other = {f"x{i:05}": leaf for i, leaf in enumerate(many.values())}
+    many = {f"{i:04}": np.ones(2, np.float32) for i in range(2000)}
+    other = {f"x{i:04}": leaf for i, leaf in enumerate(many.values())}
     wider = jax.tree.map(lambda leaf: np.ones(3, np.float32), many)
     state = ScaleByRmsState(jnp.int32(0), many)
     for gradients, text in [
-        (other, r"missing \['00000'\],.* and 199\d\d more; unexpected .* more$"),
-        (wider, r"\['00000'\] has shape \(3,\).*; and 199\d\d more$"),
+        (other, r"missing \['0000'\],.* and 19\d\d more; unexpected .* more$"),
+        (wider, r"\['0000'\] has shape \(3,\).*; and 19\d\d more$"),
         (tuple(many.values()), r"missing .* more; unexpected \[0\],.* more$"),
         (collections.OrderedDict(many), r"got .* \.\.\. .*, expected .* \.\.\. "),
     ]:

@@ -12,7 +12,6 @@ from optax_rmsprop import (
     dialects,
     rmsprop,
     scale_by_rms,
-    scale_by_stddev,
 )
 
 ROUNDING = 3e-7  # relative, float32; seen: 1.2e-7
@@ -52,27 +51,6 @@ def test_eps_decides_where_gradients_vanish():
     saturation = diagnose(state, eps=1e-2).saturation["kernel"]
     assert saturation[1, 0] == 1  # of gradient 0
     assert saturation[2, 0] < 1e-6  # of 4e5
-
-
-WRAPPED = {
-    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1e9), tx),
-    "nested": lambda tx: optax.chain(optax.chain(tx, optax.scale(2.0))),
-    "masked": lambda tx: optax.masked(tx, lambda p: jax.tree.map(lambda _: True, p)),
-    "finite": lambda tx: optax.apply_if_finite(tx, 3),
-    "steps": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
-}
-
-
-@pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
-@pytest.mark.parametrize("scale_by", [scale_by_rms, scale_by_stddev])
-def test_a_state_is_found_inside_of_others(scale_by, wrap):
-    tx = scale_by(0.9, 1e-3)
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        diagnose(after(wrap(tx))[1], 0.1, 1e-3),
-        diagnose(after(tx)[1], 0.1, 1e-3),
-    )
 
 
 def test_masked_parameters_have_no_step_size():

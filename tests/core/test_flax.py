@@ -36,7 +36,11 @@ OPTIONS = {
         "weight_decay_mask": matrices,
     },
 }
-in_every_case = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+in_every_case = pytest.mark.parametrize(
+    "options",
+    [pytest.param(OPTIONS["plain"], marks=pytest.mark.slow), OPTIONS["everything"]],
+    ids=OPTIONS,
+)
 
 
 def plain_loop(tx, params, loss):
@@ -116,6 +120,7 @@ def test_linen_train_state(options):
     chex.assert_trees_all_equal(step(copy).params, step(state).params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "uint8"])
 def test_small_states_in_nnx_and_linen(dtype):
     tx = compress_state(rmsprop(momentum=0.9), dtype, min_size=8)

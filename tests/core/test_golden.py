@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from helpers import run_ours
+from helpers import pairwise, run_ours, slow_but
 from record_golden import CASES, FILE, KEPT, STEPS, kept, record, recorded_run
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -32,7 +32,10 @@ def test_record_is_of_these_cases():
     assert described == {"steps": STEPS, "kept": KEPT, "cases": CASES}
 
 
-@pytest.mark.parametrize("case", range(len(CASES)))
+QUICK = map(CASES.index, pairwise(CASES))
+
+
+@pytest.mark.parametrize("case", slow_but([*QUICK], range(len(CASES))))
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_equals_recorded_torch(dtype, case):
     ours = run_ours(*recorded_run(GOLDEN, dtype), dtype, **CASES[case])

@@ -83,7 +83,18 @@ def run_module(name):
     return {"troubles": troubles, "calls": len(calls)}
 
 
-@pytest.mark.parametrize("module", MODULES)
+# Each runs in a process of its own, which takes long except for the first.
+@pytest.mark.parametrize(
+    "module",
+    [
+        "optax._src.transform_test",
+        *(
+            pytest.param(module, marks=pytest.mark.slow)
+            for module in MODULES
+            if module != "optax._src.transform_test"
+        ),
+    ],
+)
 def test_optax_cases_pass(module):
     if module.endswith("sharding_test") and jax.__version_info__ < (0, 7, 2):
         pytest.skip("this jax has no shardings in types")

@@ -8,7 +8,15 @@ import optax
 import pytest
 
 import optax_rmsprop
-from helpers import problem, relative_difference, run_optax, run_ours, run_torch
+from helpers import (
+    pairwise,
+    problem,
+    relative_difference,
+    run_optax,
+    run_ours,
+    run_torch,
+    slow_but,
+)
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("x64")
@@ -40,14 +48,19 @@ def case_id(options):
     return "-".join(f"{name}={value}" for name, value in options.items() if value)
 
 
-@pytest.mark.parametrize("options", CASES, ids=case_id)
+in_every_case = pytest.mark.parametrize(
+    "options", slow_but(pairwise(CASES), CASES, case_id)
+)
+
+
+@in_every_case
 def test_float64_equals_torch(options):
     run = problem(STEPS)
     ours, torchs = (r(*run, np.float64, **options) for r in (run_ours, run_torch))
     assert relative_difference(ours, torchs) <= FLOAT64_TOLERANCE
 
 
-@pytest.mark.parametrize("options", CASES, ids=case_id)
+@in_every_case
 def test_float32_is_as_exact_as_torch(options):
     run = problem(STEPS)
     exact = run_torch(*run, np.float64, **options)["params"]["matrix"]
@@ -58,7 +71,9 @@ def test_float32_is_as_exact_as_torch(options):
     assert 0 < ours <= FLOAT32_ERROR_RATIO * torchs
 
 
-@pytest.mark.parametrize("options", COMPLEX_CASES, ids=case_id)
+@pytest.mark.parametrize(
+    "options", slow_but(COMPLEX_CASES[::3], COMPLEX_CASES, case_id)
+)
 def test_complex_equals_torch(options):
     run = problem(STEPS, np.complex128)
     exact = run_torch(*run, np.complex128, **options)
@@ -82,7 +97,7 @@ MOVED = [
 @pytest.mark.parametrize(
     ("shared", "moved"), [row[:2] for row in MOVED], ids=[row[2] for row in MOVED]
 )
-@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("centered", slow_but([False], [False, True]))
 def test_another_dialect_does_not_equal_torch(shared, moved, centered):
     run = problem(STEPS)
     shared = {"decay": 0.9, "eps": 1e-2, "centered": centered} | shared

@@ -6,15 +6,14 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
+from helpers import pairwise, stepper
 from optax_rmsprop import dialects, rmsprop
 from peers import transcriptions
-from peers.record import FRAMEWORKS, KEPT, options, problem
+from peers.record import FRAMEWORKS, KEPT, STEPS, options, problem
 
 RECORDED = Path(__file__).parent.parent / "peers" / "recorded"
 TOLERANCE = 1e-5  # observed: 3e-6
@@ -41,13 +40,20 @@ def transcribed_cases(name):
         yield case, np.array(list(transcription(*run, **case)))[KEPT]
 
 
+def rows(name, title, cases):
+    """Those that are not slow have every pair of options of the dialect."""
+    cases = list(cases)
+    quick = pairwise([case for case, _ in cases])
+    for i, (case, params) in enumerate(cases):
+        marks = [pytest.mark.slow] * (case not in [{}, *quick])
+        yield pytest.param(name, case, params, id=f"{title}-{i}", marks=marks)
+
+
 def evidence():
     for name in sorted(FRAMEWORKS.keys() & dialects.__all__):
-        for i, (case, params) in enumerate(recorded_cases(name)):
-            yield pytest.param(name, case, params, id=f"{name}-{i}")
+        yield from rows(name, name, recorded_cases(name))
     for name in TRANSCRIBED:
-        for i, (case, params) in enumerate(transcribed_cases(name)):
-            yield pytest.param(name, case, params, id=f"{name}-transcribed-{i}")
+        yield from rows(name, f"{name}-transcribed", transcribed_cases(name))
 
 
 EVIDENCE = list(evidence())
@@ -57,18 +63,15 @@ def learning_rate(count):
     return jnp.asarray(problem()[2])[count]
 
 
-def train(tx):
+def train(tx, steps=STEPS):
     """The parameters at the recorded steps, in float32."""
-    params, gradients, _ = map(jnp.asarray, problem())
-
-    def step(carry, g):
-        p, state = carry
-        updates, state = tx.update(g, state, p)
-        p = optax.apply_updates(p, updates)
-        return (p, state), p
-
-    _, history = jax.lax.scan(step, (params, tx.init(params)), gradients)
-    return np.asarray(history)[KEPT]
+    p, gradients, _ = problem()
+    p, history = jnp.asarray(p), []
+    state = tx.init(p)
+    for g in map(jnp.asarray, gradients[:steps]):
+        p, state = stepper(tx)(p, state, g)
+        history.append(np.asarray(p))
+    return np.stack([history[i] for i in KEPT if i < steps])
 
 
 def largest_difference(actual, expected):
@@ -173,16 +176,21 @@ def settings_of(name, case):
 def controls():
     """For each switch of each dialect, the first and the last case where it matters."""
     for switch, name in itertools.product(SWITCHES, dialects.__all__):
-        rows = [
+        values = [
             row.values
             for row in EVIDENCE
             if row.values[0] == name and matters(switch, settings_of(*row.values[:2]))
         ]
-        for row in rows[:: max(1, len(rows) - 1)]:
-            yield pytest.param(*row, switch, id=f"{name}-{switch}")
+        for i, row in enumerate(values[:: max(1, len(values) - 1)]):
+            # The last has the most options.
+            marks = [pytest.mark.slow] * (i == 0 < len(values) - 1)
+            yield pytest.param(*row, switch, id=f"{name}-{switch}-{i}", marks=marks)
+
+
+SHOWN = 21  # after so many steps, every wrong switch shows
 
 
 @pytest.mark.parametrize(("name", "case", "expected", "switch"), list(controls()))
 def test_the_wrong_switch_does_not_equal_it(name, case, expected, switch):
-    wrong = train(rmsprop(**SWITCHES[switch](settings_of(name, case))))
-    assert largest_difference(wrong, expected) > TOLERANCE
+    wrong = train(rmsprop(**SWITCHES[switch](settings_of(name, case))), SHOWN)
+    assert largest_difference(wrong, expected[: len(wrong)]) > TOLERANCE

@@ -234,7 +234,7 @@ WITHOUT_EFFECT = [
 @pytest.mark.parametrize(("name", "arguments"), WITHOUT_EFFECT)
 @pytest.mark.usefixtures("x64")
 def test_options_of_execution_change_nothing(name, arguments):
-    run = arrays_of_float64()
+    run = arrays_of_float64(3)
     with_them = train(call(name, 0.1, **arguments), *run)[0]
     without = train(call(name, 0.1), *run)[0]
     assert jax.tree.all(jax.tree.map(jnp.array_equal, with_them, without))
@@ -246,7 +246,7 @@ MASKED = [name for name in NAMES if "weight_decay_mask" in parameters(name)]
 @pytest.mark.parametrize("name", MASKED)
 @pytest.mark.usefixtures("x64")
 def test_a_mask_chooses_what_decays(name):
-    params, gradients = arrays_of_float64()
+    params, gradients = arrays_of_float64(3)
     decay = "wc" if name == "dqn2015" else "weight_decay"
     mask = {"matrix": True, "scalar": False, "empty": True}
     masked = train(
@@ -329,20 +329,12 @@ def test_under_inject_hyperparams_and_jit(name):
     assert state.hyperparams[learning_rate] == jnp.float32(0.1)
 
 
-SCREEN = (37, 88)  # lines and columns, beside what help() puts above and below
-
-
 @everyone
-def test_help_is_one_screen_with_the_differences_numbered(name):
+def test_help_numbers_the_differences_and_names_the_evidence(name):
     text = inspect.getdoc(getattr(dialects, name))
     differences = text.split("\nDiffers from torch's")[1].split("\n\n")[0]
     numbers = re.findall(r"^  (\d)\. ", differences, re.M)
     assert numbers == [str(i + 1) for i in range(len(numbers))] != []
-    lines, columns = SCREEN
-    # Python 3.13 gives every argument of a long signature a line of its own.
-    signature = f"{name}{inspect.signature(getattr(dialects, name))}"
-    page = [signature, *text.splitlines()]
-    assert sum(-(-len(line) // columns) or 1 for line in page) <= lines
     assert re.search(r"^(Run|Not run): ", text, re.M)
 
 

@@ -1,10 +1,7 @@
 """Compressed states around every transformation, and 16-bit parameters that learn."""
 
 import functools
-import os
 import pickle
-import subprocess
-import sys
 
 import chex
 import jax
@@ -12,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from helpers import WRAPPERS, stepper
 from optax_rmsprop import (
     CompressedState,
     compress_state,
@@ -28,6 +28,10 @@ STEPS = 30
 SHAPES = {"matrix": (64, 48), "bias": (48,), "scalar": ()}
 DTYPES = ("bfloat16", "uint8")
 in_either = pytest.mark.parametrize("dtype", DTYPES)
+# For tests that compile several programs; codes are the more complex of the two.
+in_codes_first = pytest.mark.parametrize(
+    "dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "uint8"]
+)
 
 
 @functools.cache
@@ -91,11 +95,13 @@ WRAPPED = {
     ),
     "initial_scale": R(initial_scale=1.0),
     "schedule": rmsprop(optax.cosine_decay_schedule(0.01, STEPS)),
-    "masked": optax.masked(R(momentum=0.9), matrices),
-    "partition": optax.partition({"a": R(), "b": optax.sgd(0.1)}, halves),
-    "inject": optax.inject_hyperparams(rmsprop)(learning_rate=0.01, momentum=0.9),
-    "chain": optax.chain(optax.clip_by_global_norm(10.0), R(momentum=0.9)),
-    "multi_steps": optax.MultiSteps(R(), 3).gradient_transformation(),
+    **{
+        name: wrap(functools.partial(R, momentum=0.9))
+        for name, wrap in WRAPPERS.items()
+    },
+    "half masked": optax.masked(R(momentum=0.9), matrices),
+    "two groups": optax.partition({"a": R(), "b": optax.sgd(0.1)}, halves),
+    "three steps": optax.MultiSteps(R(), 3).gradient_transformation(),
     "optax.adamw": optax.adamw(0.01, b2=0.99),
     "optax.sgd": optax.sgd(0.01, momentum=0.9),
     "optax.rmsprop": optax.rmsprop(0.01, momentum=0.9),
@@ -111,12 +117,35 @@ DIALECTS = {
 }
 
 
-@in_either
-@pytest.mark.parametrize("name", [*WRAPPED, *DIALECTS])
+# Every pair of programs takes seconds to compile.
+QUICK = {
+    ("everything", "uint8"),
+    ("momentum", "bfloat16"),
+    ("partition", "bfloat16"),
+    ("inject_hyperparams", "uint8"),
+    ("three steps", "bfloat16"),
+    ("optax.adamw", "uint8"),
+}
+
+
+def all_trained():
+    for name in [*WRAPPED, *DIALECTS]:
+        for dtype in DTYPES:
+            marks = [pytest.mark.slow] * ((name, dtype) not in QUICK)
+            yield pytest.param(name, dtype, marks=marks)
+
+
+@functools.cache
+def plainly_trained(name):
+    with jax.numpy_dtype_promotion("standard"):  # for parts of optax
+        return train((WRAPPED | DIALECTS)[name])
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(all_trained()))
 def test_every_transformation_trains_alike(name, dtype):
     tx = (WRAPPED | DIALECTS)[name]
-    with jax.numpy_dtype_promotion("standard"):  # for parts of optax
-        expected, plain = train(tx)
+    expected, plain = plainly_trained(name)
+    with jax.numpy_dtype_promotion("standard"):
         history, state = train(compressed(tx, dtype))
     assert kept(state)
     if name != "optax.adagrad":  # it starts at 0.1, which is no level
@@ -194,8 +223,8 @@ def test_empty_none_and_complex_leaves(dtype):
     tx.init({})
 
 
-@in_either
-@pytest.mark.parametrize("name", ["momentum", "everything", "inject", "partition"])
+@in_codes_first
+@pytest.mark.parametrize("name", ["everything", "two groups"])
 def test_traced_once_and_the_state_never_changes_its_kind(name, dtype):
     params, noise = problem()
     tx = compressed(WRAPPED[name], dtype)
@@ -210,7 +239,7 @@ def test_traced_once_and_the_state_never_changes_its_kind(name, dtype):
         assert new == kinds
 
 
-@in_either
+@in_codes_first
 def test_parameters_in_half_precision_and_in_float64(dtype, request):
     request.getfixturevalue("x64")
     for of_params in ("bfloat16", "float64"):
@@ -234,7 +263,7 @@ def test_arrays_that_have_no_more_bytes_are_left_alone():
     assert optax.tree.get(decompress_state(state), "trace").dtype == jnp.bfloat16
 
 
-@in_either
+@in_codes_first
 def test_the_same_seed_gives_the_same_bits_and_another_others(dtype):
     one, again, other = (
         train(compressed(R(momentum=0.9), dtype, seed=seed))[0]["matrix"]
@@ -244,7 +273,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_others(dtype):
     assert (one[-1] != other[-1]).mean() > 0.5
 
 
-@in_either
+@in_codes_first
 def test_a_pickled_state_goes_on_to_the_bit(dtype):
     params, noise = problem()
     tx = compressed(R(momentum=0.9), dtype)
@@ -291,6 +320,7 @@ def test_a_state_saved_before_its_formats_had_names_goes_on():
     assert (after[1].formats.current.exponent == state.formats.next.exponent).all()
 
 
+@pytest.mark.slow
 @in_either
 def test_vmap_over_learning_rates_equals_one_run_each(dtype):
     params, noise = problem()
@@ -361,82 +391,80 @@ def test_a_state_of_which_a_part_is_missing_is_refused(part):
         tx.update(params, state._replace(**{part: short}), params)
 
 
-ON_EIGHT_DEVICES = """
-import jax, jax.numpy as jnp, numpy as np, optax, sys
-from jax.sharding import NamedSharding, PartitionSpec as P
-from optax_rmsprop import compress_state, rmsprop
-
-tx = compress_state(rmsprop(0.01, 0.9, momentum=0.9), sys.argv[1], min_size=640)
-rng = np.random.default_rng(0)
-params = jnp.asarray(rng.normal(size=(64, 80)), jnp.float32)
-noise = jnp.asarray(rng.normal(size=(10, 64, 80)), jnp.float32)
-
-@jax.jit
-def step(params, state, noise):
-    updates, state = tx.update(params + noise, state, params)
-    return optax.apply_updates(params, updates), state
-
-alone = params, tx.init(params)
-for n in noise:
-    alone = step(*alone, n)
-
-mesh = jax.make_mesh((8,), ("data",))
-by_rows = NamedSharding(mesh, P("data"))
-with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh:
-    shards = jax.device_put(params, by_rows)
-    parts = shards, jax.jit(tx.init)(shards)
-    if not hasattr(jax, "set_mesh"):  # init does not read its argument
-        parts = shards, jax.device_put(parts[1], jax.tree.map(
-            lambda x: by_rows if x.shape == (64, 80) else NamedSharding(mesh, P()),
-            parts[1],
-        ))
-    for n in noise:
-        parts = step(*parts, jax.device_put(n, by_rows))
-codes = jax.tree.leaves(parts[1])[2]
-assert codes.shape == (64, 80), codes.shape
-assert codes.addressable_shards[0].data.shape == (8, 80), codes.sharding
-np.testing.assert_array_equal(*(np.asarray(run[0]) for run in (alone, parts)))
-
-# The same partition serves every array of the state, on one device or on eight.
-specs = jax.tree.map(lambda x: P("data") if x.ndim else P(), alone[1])
-if hasattr(jax, "shard_map"):
-    shard_map = jax.shard_map
-else:
-    from jax.experimental.shard_map import shard_map
-init = shard_map(tx.init, mesh=mesh, in_specs=P("data"), out_specs=specs)
-mapped = shard_map(
-    tx.update, mesh=mesh, in_specs=(P("data"), specs, P("data")),
-    out_specs=(P("data"), specs),
-)
-shards = jax.device_put(params, by_rows)
-state, mapped = jax.jit(init)(shards), jax.jit(mapped)
-for n in noise:
-    updates, state = mapped(jax.device_put(params + n, by_rows), state, shards)
-    assert np.isfinite(updates).all()
-assert jax.tree.leaves(state)[2].shape == (64, 80)
-for entry in jax.tree.leaves(state.formats):  # two arrays in every shard
-    assert entry.shape == (8 * 2,)
-"""
+ROWS = P("data")
 
 
-@in_either
+def on_eight(dtype):
+    """A mesh, its sharding by rows, a transformation, parameters, and gradients."""
+    mesh = jax.make_mesh((8,), ("data",))
+    tx = compress_state(rmsprop(0.01, 0.9, momentum=0.9), dtype, min_size=640)
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.normal(size=(64, 80)), jnp.float32)
+    noise = jnp.asarray(rng.normal(size=(10, 64, 80)), jnp.float32)
+    return mesh, NamedSharding(mesh, ROWS), tx, params, params[None] + noise
+
+
+@in_codes_first
 def test_on_eight_devices_as_on_one(dtype):
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES, dtype],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
+    mesh, by_rows, tx, params, gradients = on_eight(dtype)
+    step = jax.jit(stepper(tx))
+    alone = params, tx.init(params)
+    for g in gradients:
+        alone = step(*alone, g)
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh:
+        shards = jax.device_put(params, by_rows)
+        parts = shards, jax.jit(tx.init)(shards)
+        if not hasattr(jax, "set_mesh"):  # init does not read its argument
+            replicated = NamedSharding(mesh, P())
+            where = jax.tree.map(
+                lambda x: by_rows if x.ndim == 2 else replicated, parts[1]
+            )
+            parts = shards, jax.device_put(parts[1], where)
+        for g in gradients:
+            parts = step(*parts, jax.device_put(g, by_rows))
+    codes = kept(parts[1])[0]
+    assert codes.addressable_shards[0].data.shape == (8, 80)
+    np.testing.assert_array_equal(alone[0], parts[0])
+
+
+@in_codes_first
+def test_within_shard_map_every_shard_has_formats_of_its_own(dtype):
+    mesh, by_rows, tx, params, gradients = on_eight(dtype)
+    # The same partition serves every array of the state, on one device or on eight.
+    specs = jax.tree.map(
+        lambda x: ROWS if x.ndim else P(), jax.eval_shape(tx.init, params)
     )
-    assert done.returncode == 0, done.stderr
+    if hasattr(jax, "shard_map"):
+        shard_map = jax.shard_map
+    else:
+        from jax.experimental.shard_map import shard_map
+    init = shard_map(tx.init, mesh=mesh, in_specs=ROWS, out_specs=specs)
+    update = shard_map(
+        tx.update, mesh=mesh, in_specs=(ROWS, specs, ROWS), out_specs=(ROWS, specs)
+    )
+    shards = jax.device_put(params, by_rows)
+    state, update = jax.jit(init)(shards), jax.jit(update)
+    for g in gradients:
+        updates, state = update(jax.device_put(g, by_rows), state, shards)
+        assert np.isfinite(updates).all()
+    assert [x.shape for x in kept(state)] == 2 * [(64, 80)]
+    for entry in jax.tree.leaves(state.formats):  # two arrays in every shard
+        assert entry.shape == (8 * 2,)
 
 
 # Sizes of gradients in one array, from 2**-30 to 1: 60 octaves of squares.
 BINADES = 2.0 ** jnp.repeat(jnp.arange(-30.0, 1.0), 200)
 
 
-@in_either
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}], ids=["plain", "momentum"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("uint8", {}),
+        pytest.param("uint8", {"momentum": 0.9}, marks=pytest.mark.slow),
+        ("bfloat16", {}),
+    ],
+    ids=["uint8-plain", "uint8-momentum", "bfloat16-plain"],
+)
 def test_steps_stay_short_over_thirty_binades_of_gradients(dtype, options):
     exact = rmsprop(1.0, eps=0.0, **options)
     tx = compress_state(exact, dtype)
@@ -471,17 +499,18 @@ def test_a_spike_does_no_harm(dtype):
 
 
 @in_either
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_gradients_that_are_not_finite_are_hidden_no_more_than_in_float32(dtype, bad):
+def test_gradients_that_are_not_finite_are_hidden_no_more_than_in_float32(dtype):
     exact = rmsprop(momentum=0.9)
     tx = compress_state(exact, dtype)
     g = jnp.ones((64, 64))
     state, expected_state = tx.init(g), exact.init(g)
-    for grads in (g, g.at[3, 3].set(bad), g, g):
-        updates, state = jax.jit(tx.update)(grads, state)
-        expected, expected_state = jax.jit(exact.update)(grads, expected_state)
+    spoilt = g.at[3, 3].set(jnp.nan).at[4, 4].set(jnp.inf)
+    update, exact_update = jax.jit(tx.update), jax.jit(exact.update)
+    for grads in (g, spoilt, g, g):
+        updates, state = update(grads, state)
+        expected, expected_state = exact_update(grads, expected_state)
         np.testing.assert_array_equal(jnp.isnan(updates), jnp.isnan(expected))
-    assert jnp.isnan(updates).sum() == 1
+    assert jnp.isnan(updates).sum() == 2
 
 
 # What is wrong, the type of the error, and what it says.
@@ -586,9 +615,16 @@ def test_decompress_state_finds_every_part_of_a_chain():
 HALVES = ("bfloat16", "float16")
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("p", [1.0, -1.0, 0.7, 3e-6, 1e4, 0.0])
-@pytest.mark.parametrize("fraction", [0.03, -0.03, 0.5, 2.3])
+SIZES, FRACTIONS = [1.0, -1.0, 0.7, 3e-6, 1e4, 0.0], [0.03, -0.03, 0.5, 2.3]
+# Each size and each fraction with both dtypes.
+MOVES = [
+    (dtype, p, FRACTIONS[(i + j) % 4])
+    for j, dtype in enumerate(HALVES)
+    for i, p in enumerate(SIZES)
+]
+
+
+@pytest.mark.parametrize(("dtype", "p", "fraction"), MOVES)
 def test_updates_far_below_the_spacing_arrive_in_the_mean(dtype, p, fraction):
     params = jnp.full((400, 500), p, dtype)
     spacing = abs(float(jnp.spacing(params[0, 0]).astype(jnp.float32))) if p else 2e-7
@@ -651,6 +687,7 @@ def test_leaves_are_rounded_independently_and_old_keys_work():
     assert 0.1 < (new[0] != new[1]).mean() < 0.9
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_arrives_where_float32_does():
     target = jnp.linspace(0.5, 2, 4096)
     # Each step is shorter than half the distance of bfloat16's neighbours, 0.004.

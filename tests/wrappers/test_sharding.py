@@ -1,14 +1,8 @@
-"""States on eight devices: where they lie, what an update sends, what it computes.
-
-What needs devices runs in a process of its own: this file, as a script.
-"""
+"""States on eight devices: where they lie, what an update sends, what it computes."""
 
 import contextlib
 import functools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,6 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from helpers import WRAPPERS, slow_but, stepper
 from optax_rmsprop import (
     check_state_shardings,
     compress_state,
@@ -71,6 +66,15 @@ LAYOUTS = {
 }
 # Programs of compressed states take seconds to compile.
 LAYOUTS_OF_COMPRESSED = ("ZeRO-1", "tensor parallel", "FSDP, tensor parallel")
+# One of each layout and of each kind; the other combinations are slow.
+QUICK = {
+    ("data parallel", "plain", "Auto"),
+    ("ZeRO-1", "everything", "Auto"),
+    ("FSDP", "everything", "Explicit"),
+    ("tensor parallel", "bfloat16", "Auto"),
+    ("FSDP, tensor parallel", "uint8", "Explicit"),
+    ("ZeRO-1, tensor parallel", "everything", "Auto"),
+}
 MODES = ["Auto"] + ["Explicit"] * hasattr(jax, "set_mesh")
 # The most bytes of a collective for a compressed state's random words: 4 for each index
 # of the longest axis. A shard of the matrix has 40 KB, and one of its codes 10 KB.
@@ -132,12 +136,13 @@ def halves(params):
 
 
 AROUND = {
+    **{
+        name: wrap(functools.partial(R, momentum=0.9))
+        for name, wrap in WRAPPERS.items()
+    },
     "adamw": optax.adamw(0.1),
-    "chain": optax.chain(optax.clip_by_global_norm(1.0), R(momentum=0.9)),
-    "inject": optax.inject_hyperparams(rmsprop)(0.01, momentum=0.9),
-    "masked": optax.masked(R(), matrices),
-    "partition": optax.partition({"a": R(), "b": optax.sgd(0.1, 0.9)}, halves),
-    "multi_steps": optax.MultiSteps(R(), 3),
+    "half masked": optax.masked(R(), matrices),
+    "two groups": optax.partition({"a": R(), "b": optax.sgd(0.1, 0.9)}, halves),
     "compressed": optax.chain(SMALL("uint8"), optax.ema(0.9)),
     "lookahead": optax.contrib.schedule_free_sgd(0.1),
     "adafactor": optax.adafactor(0.01, min_dim_size_to_factor=128),
@@ -302,9 +307,6 @@ def test_what_is_no_transformation_or_no_sharding():
         jax.jit(lambda p: state_shardings(R(), p).count)(params)
 
 
-# From here on, what runs on eight devices.
-
-
 def collectives(compiled):
     """Name and bytes of every collective operation of a program."""
     operation = (
@@ -346,14 +348,6 @@ def assert_few(found, expected, kind, mode):
     assert found == expected, (found, expected)
 
 
-def step_of(tx):
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
 def draw(seed):
     rng = np.random.default_rng(seed)
     shapes = SHAPES.items()
@@ -363,9 +357,11 @@ def draw(seed):
 STEPS = 3
 
 
-def alone(tx):
+@functools.cache
+def alone(kind):
     """Parameters and state after some steps, on the first device."""
-    step, params = jax.jit(step_of(tx)), draw(0)
+    tx = KINDS[kind]
+    step, params = jax.jit(stepper(tx)), draw(0)
     state = tx.init(jax.tree.map(jnp.asarray, params))
     for i in range(STEPS):
         params, state = step(params, state, draw(i + 1))
@@ -386,7 +382,18 @@ def assert_equal(actual, expected):
         np.testing.assert_array_equal(x, y)
 
 
-def run_layout(layout, kind, mode, expected):
+def layouts():
+    """All combinations; those that run by default have every layout and every kind."""
+    for kind in KINDS:
+        compressed = kind in ("uint8", "bfloat16")
+        for layout in LAYOUTS_OF_COMPRESSED if compressed else LAYOUTS:
+            for mode in MODES:
+                marks = [pytest.mark.slow] * ((layout, kind, mode) not in QUICK)
+                yield pytest.param(layout, kind, mode, marks=marks)
+
+
+@pytest.mark.parametrize(("layout", "kind", "mode"), list(layouts()))
+def test_a_layout_computes_the_same_and_sends_no_more_than_it_must(layout, kind, mode):
     tx = KINDS[kind]
     sizes, specs, zero1, of_state = LAYOUTS[layout]
     mesh = mesh_of(sizes, mode)
@@ -401,7 +408,7 @@ def run_layout(layout, kind, mode, expected):
         check_state_shardings(state, shardings)
         grads = [jax.device_put(draw(i + 1), places) for i in range(STEPS)]
         step = jax.jit(
-            step_of(tx),
+            stepper(tx),
             in_shardings=(places, shardings, places),
             out_shardings=(places, shardings),
         )
@@ -412,20 +419,7 @@ def run_layout(layout, kind, mode, expected):
         for g in grads:
             params, state = step(params, state, g)
     check_state_shardings(state, shardings)
-    assert_equal((params, state), expected)
-
-
-def all_layouts(kind, mode):
-    expected = alone(KINDS[kind])
-    compressed = kind in ("uint8", "bfloat16")
-    for layout in LAYOUTS_OF_COMPRESSED if compressed else LAYOUTS:
-        try:
-            run_layout(layout, kind, mode, expected)
-        except Exception as error:
-            error.add_note(f"in the layout {layout}")
-            raise
-    if mode == "Explicit":
-        inits_in_explicit_mode(kind)
+    assert_equal((params, state), alone(kind))
 
 
 def fsdp(mode, kind="everything"):
@@ -436,13 +430,20 @@ def fsdp(mode, kind="everything"):
     return mesh, params, places, state_shardings(KINDS[kind], params)
 
 
-def inits_in_explicit_mode(kind):
+needs_explicit = pytest.mark.skipif(
+    "Explicit" not in MODES, reason="jax.set_mesh needs jax 0.7"
+)
+
+
+@needs_explicit
+@pytest.mark.parametrize("kind", slow_but(["everything", "uint8"], KINDS))
+def test_inits_in_explicit_mode(kind):
     """There, `jax.jit` needs no help to shard a state, nor to keep it so."""
     mesh, params, places, shardings = fsdp("Explicit", kind)
     with jax.set_mesh(mesh):
         state = jax.jit(KINDS[kind].init)(params)
         check_state_shardings(state, shardings)
-        params, state = jax.jit(step_of(KINDS[kind]))(params, state, params)
+        params, state = jax.jit(stepper(KINDS[kind]))(params, state, params)
     check_state_shardings((params, state), (places, shardings))
     # JAX refuses to compute with an array of a mesh whose axes are of another kind.
     _, _, _, automatic = fsdp("Auto", kind)
@@ -450,27 +451,29 @@ def inits_in_explicit_mode(kind):
         check_state_shardings(state, automatic)
 
 
-def inits_in_automatic_mode():
+@pytest.mark.parametrize("kind", slow_but(["everything", "uint8"], KINDS))
+def test_inits_in_automatic_mode(kind):
     """A compiled init does not look at its argument, and one that is not does."""
-    for kind, tx in KINDS.items():
-        mesh, params, _, shardings = fsdp("Auto", kind)
-        state = jax.jit(tx.init)(params)
-        assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(state))
-        if hasattr(jax, "set_mesh"):
-            with jax.set_mesh(mesh):
-                state = jax.jit(tx.init)(params)
-            assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
-            assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(state))
-        state = tx.init(params)
-        slots = [x for x in jax.tree.leaves(state) if x.shape == (256, 320)]
-        assert slots
-        assert all(x.sharding.spec[0] == "data" for x in slots)
-        with pytest.raises(ValueError, match=r"got SingleDeviceSharding.* at .*count"):
-            check_state_shardings(state, shardings)
-        check_state_shardings(jax.device_put(state, shardings), shardings)
+    tx = KINDS[kind]
+    mesh, params, _, shardings = fsdp("Auto", kind)
+    state = jax.jit(tx.init)(params)
+    assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(state))
+    if hasattr(jax, "set_mesh"):
+        with jax.set_mesh(mesh):
+            state = jax.jit(tx.init)(params)
+        assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
+        assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(state))
+    state = tx.init(params)
+    slots = [x for x in jax.tree.leaves(state) if x.shape == (256, 320)]
+    assert slots
+    assert all(x.sharding.spec[0] == "data" for x in slots)
+    with pytest.raises(ValueError, match=r"got SingleDeviceSharding.* at .*count"):
+        check_state_shardings(state, shardings)
+    check_state_shardings(jax.device_put(state, shardings), shardings)
 
 
-def eager_inits_agree():
+@pytest.mark.usefixtures("standard_promotion")
+def test_eager_inits_agree():
     """`tx.init` keeps shardings by JAX's own rules, which are an independent oracle."""
     _, params, _, _ = fsdp("Auto")
     for name, tx in AROUND.items():
@@ -481,7 +484,7 @@ def eager_inits_agree():
                 assert x.sharding.is_equivalent_to(sharding, x.ndim), name
 
 
-def more_collectives_elsewhere():
+def test_a_state_elsewhere_has_more_collectives():
     """The negative control: a state by columns of parameters by rows."""
     mesh, params, places, shardings = fsdp("Auto", "plain")
     wrong = jax.tree.map(
@@ -498,7 +501,7 @@ def more_collectives_elsewhere():
     ):
         check_state_shardings(state, shardings)
     step = jax.jit(
-        step_of(KINDS["plain"]),
+        stepper(KINDS["plain"]),
         in_shardings=(places, wrong, places),
         out_shardings=(places, wrong),
     )
@@ -518,27 +521,26 @@ def more_collectives_elsewhere():
         state_shardings(R(), params | {"stack": moved["stack"]})
 
 
-def zero1_with_scattered_gradients():
+def test_zero1_with_scattered_gradients():
     """Gradients in the parts of the state: what a reduce-scatter gives."""
-    for kind in ("plain", "everything"):
-        tx = KINDS[kind]
-        mesh = mesh_of({"data": 8}, "Auto")
-        whole = dict.fromkeys(SHAPES, NamedSharding(mesh, P()))
-        params = jax.device_put(draw(0), whole)
-        shardings = state_shardings(tx, params, zero1="data")
-        parts = state_shardings(optax.trace(0.9), params, zero1="data").trace
-        state = jax.jit(tx.init, out_shardings=shardings)(params)
-        step = jax.jit(
-            step_of(tx),
-            in_shardings=(whole, shardings, parts),
-            out_shardings=(whole, shardings),
-        )
-        grads = jax.device_put(draw(1), parts)
-        found = collectives(step.lower(params, state, grads).compile())
-        assert_few(found, expected_collectives(params, parts), kind, "Auto")
+    tx = KINDS["everything"]
+    mesh = mesh_of({"data": 8}, "Auto")
+    whole = dict.fromkeys(SHAPES, NamedSharding(mesh, P()))
+    params = jax.device_put(draw(0), whole)
+    shardings = state_shardings(tx, params, zero1="data")
+    parts = state_shardings(optax.trace(0.9), params, zero1="data").trace
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    step = jax.jit(
+        stepper(tx),
+        in_shardings=(whole, shardings, parts),
+        out_shardings=(whole, shardings),
+    )
+    grads = jax.device_put(draw(1), parts)
+    found = collectives(step.lower(params, state, grads).compile())
+    assert found == expected_collectives(params, parts)
 
 
-def whole_training_step():
+def test_a_whole_training_step():
     """With a loss over a batch in parts, all that is sent is for the gradient."""
     tx = KINDS["everything"]
     mesh = mesh_of({"data": 8}, "Auto")
@@ -550,7 +552,7 @@ def whole_training_step():
         return jnp.mean(jnp.tanh(batch @ params["a"] + params["b"][None]) ** 2)
 
     def train(params, state, batch):
-        return step_of(tx)(params, state, jax.grad(loss)(params, batch))
+        return stepper(tx)(params, state, jax.grad(loss)(params, batch))
 
     params, shards = jax.device_put(weights, whole), jax.device_put(batch, by_rows)
     shardings = state_shardings(tx, params)
@@ -566,78 +568,34 @@ def whole_training_step():
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-8)
 
 
-def within_shard_map():
-    for kind in ("plain", "everything"):
-        tx = KINDS[kind]
-        mesh, params, places, shardings = fsdp("Auto", kind)
-        specs, of_state = jax.tree.map(lambda s: s.spec, (places, shardings))
-        init = jax.shard_map(tx.init, mesh=mesh, in_specs=(specs,), out_specs=of_state)
-        step = jax.shard_map(
-            step_of(tx),
-            mesh=mesh,
-            in_specs=(specs, of_state, specs),
-            out_specs=(specs, of_state),
-        )
-        state, step = jax.jit(init)(params), jax.jit(step)
-        check_state_shardings(state, shardings)
-        grads = [jax.device_put(draw(i + 1), places) for i in range(STEPS)]
-        assert collectives(step.lower(params, state, grads[0]).compile()) == []
-        for g in grads:
-            params, state = step(params, state, g)
-        assert_equal((params, state), alone(tx))
-
-
-def page_of_scale():
-    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
-    for mode in MODES:
-        make_mesh = functools.partial(
-            jax.make_mesh, axis_types=(getattr(AxisType, mode),)
-        )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax, "make_mesh", make_mesh)
-            for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
-                exec(compile(code, f"scale.md, {mode}", "exec"), {})
-
-
-ON_EIGHT = {
-    "inits": (inits_in_automatic_mode, eager_inits_agree),
-    "programs": (
-        more_collectives_elsewhere,
-        zero1_with_scattered_gradients,
-        whole_training_step,
-        within_shard_map,
-    ),
-    "page": (page_of_scale,),
-}
-
-
-def on_eight_devices(*arguments):
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
+def test_within_shard_map():
+    kind = "everything"
+    tx = KINDS[kind]
+    mesh, params, places, shardings = fsdp("Auto", kind)
+    specs, of_state = jax.tree.map(lambda s: s.spec, (places, shardings))
+    init = jax.shard_map(tx.init, mesh=mesh, in_specs=(specs,), out_specs=of_state)
+    step = jax.shard_map(
+        stepper(tx),
+        mesh=mesh,
+        in_specs=(specs, of_state, specs),
+        out_specs=(specs, of_state),
     )
-    assert done.returncode == 0, done.stderr
+    state, step = jax.jit(init)(params), jax.jit(step)
+    check_state_shardings(state, shardings)
+    grads = [jax.device_put(draw(i + 1), places) for i in range(STEPS)]
+    step = step.lower(params, state, grads[0]).compile()
+    assert collectives(step) == []
+    for g in grads:
+        params, state = step(params, state, g)
+    assert_equal((params, state), alone(kind))
 
 
+@needs_explicit  # Orbax, too, enters jax.set_mesh
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_layout_computes_the_same_and_sends_no_more_than_it_must(kind, mode):
-    on_eight_devices(kind, mode)
-
-
-@pytest.mark.parametrize("name", ON_EIGHT)
-def test_on_eight_devices(name):
-    if name == "page" and not hasattr(jax, "set_mesh"):
-        pytest.skip("Orbax enters jax.set_mesh, which jax 0.6 does not have")
-    on_eight_devices(name)
-
-
-if __name__ == "__main__":
-    if sys.argv[1] in KINDS:
-        all_layouts(*sys.argv[1:])
-    else:
-        for check in ON_EIGHT[sys.argv[1]]:
-            check()
+def test_the_page_of_scale_in_both_modes(mode, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    make_mesh = functools.partial(jax.make_mesh, axis_types=(getattr(AxisType, mode),))
+    monkeypatch.setattr(jax, "make_mesh", make_mesh)
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(compile(code, f"scale.md, {mode}", "exec"), {})
