@@ -44,7 +44,7 @@ from optax_rmsprop.carry._slots import (
 )
 
 FROZEN = "frozen"  # the label of parameters that no group trains, and of buffers
-Array = Callable[[], np.ndarray]  # see `lazy`
+LazyArray = Callable[[], np.ndarray]  # see `lazy`
 
 
 class Group(NamedTuple):
@@ -85,7 +85,7 @@ class Run(NamedTuple):
     opt_state: Any
 
 
-def lazy(convert: Callable[..., np.ndarray], *arguments: Any) -> Array:
+def lazy(convert: Callable[..., np.ndarray], *arguments: Any) -> LazyArray:
     """A function that converts an array to NumPy at its first call, and keeps it.
 
     Nothing calls it for arrays that the port leaves out. So these may be of a kind that
@@ -95,13 +95,22 @@ def lazy(convert: Callable[..., np.ndarray], *arguments: Any) -> Array:
 
 
 class Weight(NamedTuple):
-    """A parameter or a buffer of the source."""
+    """A parameter or a buffer of the source.
+
+    Attributes:
+      shape: known without converting the array.
+      array: its values, see `lazy`.
+      group: the label of the group that has it, trained or not; None for a buffer.
+      trained: False if it is frozen, or has had no gradient although others of its
+        group have.
+      slots: by torch's names; None if the optimizer has no state of it.
+    """
 
     shape: tuple[int, ...]
-    array: Array
-    group: str | None = None  # the label of the group that has it, trained or not
-    trained: bool = False  # not if it is frozen, or has had no gradient so far
-    slots: Mapping[str, Array] | None = None  # None if the optimizer has no state of it
+    array: LazyArray
+    group: str | None = None
+    trained: bool = False
+    slots: Mapping[str, LazyArray] | None = None
 
     @property
     def label(self) -> str:
@@ -110,14 +119,20 @@ class Weight(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A run of another framework, as it was read."""
+    """A run of another framework, as it was read.
 
-    weights: dict[str, Weight]  # by name; tied ones once
-    groups: dict[str, Group]  # by label
-    tied: Mapping[str, str] = {}  # further names of tied weights, and those in weights
-    overlaps: Sequence[
-        tuple[str, str]
-    ] = ()  # weights that share a part of their memory
+    Attributes:
+      weights: by name, in the order in which the port gets them. Tied ones are in it
+        once.
+      groups: by label.
+      tied: the further names of tied weights, each with the name in `weights`.
+      overlaps: pairs of weights that share a part of their memory.
+    """
+
+    weights: dict[str, Weight]
+    groups: dict[str, Group]
+    tied: Mapping[str, str] = {}
+    overlaps: Sequence[tuple[str, str]] = ()
 
     def check(self) -> None:
         """Refuse slots that do not fit the options; warn of NaN in them.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_rmsprop._errors import bare, kind_of, shown, some
-from optax_rmsprop.carry._run import Array, Group, Source, Weight, lazy
+from optax_rmsprop.carry._run import Group, LazyArray, Source, Weight, lazy
 from optax_rmsprop.carry._slots import SLOTS
 from optax_rmsprop.carry._torch_format import (
     AS_TRAINED,
@@ -193,7 +193,7 @@ def _source(
     return Source(weights, read_groups, tied, shared)
 
 
-def _slots(name: str, state: Mapping[str, Any]) -> dict[str, Array]:
+def _slots(name: str, state: Mapping[str, Any]) -> dict[str, LazyArray]:
     return {
         slot: lazy(_to_numpy, f"{slot} of {bare(name)}", state[slot])
         for slot in SLOTS
