@@ -3,11 +3,11 @@
 `from_torch`, `from_torch_checkpoint` and `from_keras` read a run: its weights, the
 slots of its optimizer, its parameter groups. Each source has its own files; all of them
 make one table of weights (`_run.py`), from which `carry` makes parameters, an optimizer
-and its state. The user's port says how weights move; `_port.py` probes it, so that the
-same function moves every slot. `_back.py` reverses all of that for `to_torch`.
-`_optax.py` converts a state of optax's own RMSprop, which needs no port. `torch_layers`
-has ports of torch's usual layers. torch and Keras are imported only here, and only when
-one of these functions is called.
+and its state. `_slots.py` has the names of the slots in each framework. The user's port
+says how weights move; `_port.py` probes it, so that the same function moves every slot.
+`_back.py` reverses all of that for `to_torch`. `_optax.py` converts a state of optax's
+own RMSprop, which needs no port. `torch_layers` has ports of torch's usual layers.
+torch and Keras are imported only here, and only when one of these functions is called.
 """
 
 from optax_rmsprop.carry import torch_layers

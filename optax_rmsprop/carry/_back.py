@@ -1,4 +1,22 @@
-"""Parameters and a state in JAX as the source of the run has them: the way back."""
+"""The way back: convert parameters and a state of JAX into the source's arrays.
+
+`_run.py` makes leaves from arrays by the port's indices, and fields of our states from
+torch's slots. Here both are reversed. From the parameters and the state of the example
+there
+
+    {"kernel": [[5], [6]]}
+    (ScaleByStddevState(count=3, mu={"kernel": [[1], [2]]}, var={"kernel": [[2], [0]]}),
+     TraceState(trace={"kernel": [[7], [8]]}), ...)
+
+`SourceArrays.arrays` yields ("weight", [[5, 6]]), and `SourceArrays.slots` yields
+
+    ("weight", 3, "grad_avg", [[1, 2]])
+    ("weight", 3, "square_avg", [[3, 4]])           var + mu²
+    ("weight", 3, "momentum_buffer", [[7, 8]])
+
+If there are several groups, the state of each has the port's whole tree, with an
+`optax.MaskedNode` for each leaf that another group trains.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +32,36 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey, tree_map_with_path
 from optax_rmsprop import _errors
 from optax_rmsprop._errors import at, bare, kind_of, shown, some
 from optax_rmsprop.carry._port import Port, flattened
-from optax_rmsprop.carry._run import FROZEN, Group, Source, is_masked, probe, report
+from optax_rmsprop.carry._run import (
+    FROZEN,
+    Group,
+    Source,
+    is_masked,
+    probe,
+    warn_of_nan,
+)
+from optax_rmsprop.carry._slots import (
+    GRAD_AVG,
+    MOMENTUM_BUFFER,
+    SQUARE_AVG,
+    square_average,
+)
 from optax_rmsprop.optimizer import ScaledTraceState
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
 
 AS_UPDATED = "give what the updates made of the run"
-MOST_STEPS = 2**31 - 1  # what from_torch takes, whose count is an int32
+MOST_STEPS = 2**31 - 1  # from_torch takes no more, because its count is an int32
 
 
-class WayBack:
-    """Parameters and an optimizer state, as what they are in the source.
+class SourceArrays:
+    """The arrays that a source gets from parameters and an optimizer state of JAX.
 
-    Everything is checked when it is made; then the arrays come one after another, so
-    that never all of them are there twice.
+    They are checked at once, and made one after another, so that memory never has all
+    of them twice.
+
+    Attributes:
+      names: the parameters and buffers that `arrays` yields.
+      without_state: the parameters of groups that have made no update.
     """
 
     def __init__(self, params: Any, opt_state: Any, source: Source, port: Port):
@@ -36,93 +71,99 @@ class WayBack:
           TypeError, ValueError: they do not.
         """
         self._source, self._params = source, params
-        self._places = places = probe(source, port)
-        places.check_tree("params", params)
-        for names, leaf in zip(places.sources, jax.tree.leaves(params), strict=True):
+        self._probed = probe(source, port)
+        self._probed.check_tree("params", params)
+        leaves = jax.tree.leaves(params)
+        for names, leaf in zip(self._probed.sources, leaves, strict=True):
             array = _values("params", leaf)
             for name in names:
-                wanted = source.arrays[name].dtype
+                wanted = source.weights[name].array().dtype
                 if array.dtype != wanted:
                     raise ValueError(
                         f"`params` must keep the dtype of `{bare(name)}`, {wanted}, "
                         f"got {array.dtype}; convert it back"
                     )
-        self.written = places.whole  # the names of the arrays that come back
-        self.unstepped: set[str] = set()  # parameters of groups without a step
-        # Of each group's slots: name, steps made, tree, and whose it is.
+        self.names = self._probed.complete
+        self.without_state: set[str] = set()
+        # For each slot of each group: its name, the updates made, the slot in the
+        # port's tree, and the names of the group's parameters.
         self._slots: list[tuple[str, int, Any, set[str]]] = []
         broken: list[str] = []
-        for label, (start, state) in _states(opt_state, source).items():
+        for label, (path, state) in _group_states(opt_state, source).items():
             group = source.groups[label]
-            step, slots = _slots_in(start, state, group, self._in_numpy)
-            for slot, tree in slots.items():
-                whole = _without_masks(tree, params)
-                trained = self._names_in(label, tree)
-                broken += self._unfit(slot, whole, trained)
+            step, slots = _slots_of(state, path, group, self._in_numpy)
+            for slot, masked_tree in slots.items():
+                tree = _with_zeros(masked_tree, params)
+                trained = self._names_in(label, masked_tree)
+                broken += self._not_finite(slot, tree, trained)
                 if step:
-                    self._slots.append((slot, step, whole, trained))
+                    self._slots.append((slot, step, tree, trained))
                 else:
-                    self.unstepped |= trained
-        report(broken)
+                    self.without_state |= trained
+        warn_of_nan(broken)
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Parameters and buffers."""
-        return self._places.bring_back(self._params)
+        """Yield the name and the values of each parameter and buffer."""
+        return self._probed.disassemble(self._params)
 
     def slots(self) -> Iterator[tuple[str, int, str, np.ndarray]]:
-        """Of each slot: its parameter, the steps made, its name and its value."""
-        for slot, step, whole, trained in self._slots:
-            for name, array in self._places.bring_back(whole):
-                if name in trained:
+        """Yield each slot: its parameter, the updates made, its name and its values."""
+        for slot, step, tree, names in self._slots:
+            for name, array in self._probed.disassemble(tree):
+                if name in names:
                     yield name, step, slot, array
 
-    def _in_numpy(self, tree: Any, start: Any) -> Any:
-        """An average's tree, in dtypes with which NumPy and torch calculate.
+    def _in_numpy(self, tree: Any, path: Any) -> Any:
+        """A field of the state, in dtypes with which NumPy and torch calculate.
 
-        `start` is its path in the state.
+        `path` is its path in the state.
         """
         flattened("opt_state", tree)
-        self._places.check_tree("opt_state", _without_masks(tree, self._params))
+        self._probed.check_tree("opt_state", _with_zeros(tree, self._params))
 
-        def usual(path: Any, leaf: Any) -> Any:
+        def converted(path_in_tree: Any, leaf: Any) -> Any:
             if is_masked(leaf):
                 return leaf
-            array, remedy = _usual(_values("opt_state", leaf)), AS_UPDATED
-            path = start + path
-            _errors.inexact("opt_state", array, path, remedy=remedy, real=False)
+            array = _widened(_values("opt_state", leaf))
+            _errors.inexact(
+                "opt_state", array, path + path_in_tree, remedy=AS_UPDATED, real=False
+            )
             return array
 
-        return tree_map_with_path(usual, tree, is_leaf=is_masked)
+        return tree_map_with_path(converted, tree, is_leaf=is_masked)
 
     def _names_in(self, label: str, tree: Any) -> set[str]:
-        """The parameters that a slot's tree has, which must be in the same group."""
+        """The parameters in a slot's tree, which must be in the source's group too."""
         leaves = jax.tree.leaves(tree, is_leaf=is_masked)
-        names = {
+        found = {
             name
-            for leaf, names in zip(leaves, self._places.sources, strict=True)
+            for leaf, names in zip(leaves, self._probed.sources, strict=True)
             if not is_masked(leaf)
             for name in names
         }
-        for name in sorted(names):
-            group = self._source.members.get(name)
+        for name in sorted(found):
+            group = self._source.weights[name].group
             if group != label:
                 where = "no group" if group is None else f"group {group}"
                 raise ValueError(
                     f"`optimizer` must have `{bare(name)}` in group {label}, as the "
                     f"run has, got it in {where}; make its groups like those of the run"
                 )
-        return names
+        return found
 
-    def _unfit(self, slot: str, whole: Any, names: set[str]) -> Iterator[str]:
-        """Refuse a slot of another kind of number; name what is not finite."""
-        for path, of_leaf, leaf in zip(
-            self._places.paths,
-            self._places.sources,
-            jax.tree.leaves(whole),
+    def _not_finite(self, slot: str, tree: Any, names: set[str]) -> Iterator[str]:
+        """Yield the slots with NaN or infinity; refuse another kind of number.
+
+        A value that overflows in the parameter's dtype is infinite in torch.
+        """
+        for path, sources, leaf in zip(
+            self._probed.paths,
+            self._probed.sources,
+            jax.tree.leaves(tree),
             strict=True,
         ):
-            for name in names.intersection(of_leaf):
-                wanted = self._source.arrays[name].dtype
+            for name in names.intersection(sources):
+                wanted = self._source.weights[name].array().dtype
                 if not _errors.averages(leaf.dtype, wanted):
                     raise ValueError(
                         f"{at(path)} of {slot} in `opt_state` must be floating point "
@@ -134,8 +175,8 @@ class WayBack:
                     yield f"{slot} of `{bare(name)}`"
 
 
-def _states(opt_state: Any, source: Source) -> dict[str, tuple[Any, Any]]:
-    """The path and the state of each group's transform."""
+def _group_states(opt_state: Any, source: Source) -> dict[str, tuple[Any, Any]]:
+    """For each group's label, the path and the state of its transform."""
     if not isinstance(opt_state, optax.transforms.PartitionState):
         return {"0": ((), opt_state)}
     inner = opt_state.inner_states
@@ -155,18 +196,119 @@ def _states(opt_state: Any, source: Source) -> dict[str, tuple[Any, Any]]:
     return states
 
 
+def _slots_of(
+    state: Any, path: Any, group: Group, in_numpy: Callable[[Any, Any], Any]
+) -> tuple[int, dict[str, Any]]:
+    """The updates made, and the slots by torch's names, from the state of one group.
+
+    `path` is the path of that state.
+    """
+    average, trace = _parts(state, group)
+    part = state[average]
+    path_of_part = *path, SequenceKey(average)
+    path_of_count = at((*path_of_part, GetAttrKey("count")))
+    count = jax.block_until_ready(part.count)
+    _errors.count("opt_state", count, path_of_count, MOST_STEPS)
+    step = int(_values("opt_state", count))
+
+    def average_of(field: str) -> Any:
+        return in_numpy(getattr(part, field), (*path_of_part, GetAttrKey(field)))
+
+    def average_of_squares(field: str) -> Any:
+        tree = average_of(field)
+        _errors.not_negative("opt_state", tree, (*path_of_part, GetAttrKey(field)))
+        return tree
+
+    slots = {}
+    if group.options["centered"]:
+        slots[GRAD_AVG] = mu = average_of("mu")
+        slots[SQUARE_AVG] = jax.tree.map(
+            lambda var, mu: var if is_masked(var) else square_average(var, mu),
+            average_of_squares("var"),
+            mu,
+            is_leaf=is_masked,
+        )
+    else:
+        slots[SQUARE_AVG] = average_of_squares("nu")
+    if trace is not None:
+        _check_learning_rate(state, average, trace, path, group)
+        path_of_trace = *path, SequenceKey(trace), GetAttrKey("trace")
+        slots[MOMENTUM_BUFFER] = in_numpy(state[trace].trace, path_of_trace)
+    return step, slots
+
+
+def _parts(state: Any, group: Group) -> tuple[int, int | None]:
+    """The positions of the averages and the trace (or None) in the state of a chain."""
+    centered = group.options["centered"]
+    wanted = [ScaleByStddevState if centered else ScaleByRmsState]
+    if MOMENTUM_BUFFER in group.slots:
+        wanted.append(optax.TraceState)
+    if not isinstance(state, tuple):
+        raise ValueError(
+            "`opt_state` must be the state of the run's optimizer, got "
+            f"{kind_of(state)}; give what its update returned"
+        )
+    known = ScaleByRmsState, ScaleByStddevState, optax.TraceState
+    found = [
+        (kind, i)
+        for i, part in enumerate(state)
+        for kind in known
+        if isinstance(part, kind)
+    ]
+    kinds = sorted(kind.__name__ for kind, _ in found)
+    if kinds != sorted(kind.__name__ for kind in wanted):
+        raise ValueError(
+            "`opt_state` must have the averages of torch's options, "
+            f"{some(sorted(kind.__name__ for kind in wanted))}, got "
+            f"{some(kinds) or 'none'}; give the state that goes with this "
+            "optimizer"
+        )
+    indices = dict(found)
+    return indices[wanted[0]], indices.get(optax.TraceState)
+
+
+def _check_learning_rate(
+    state: Any, average: int, trace: int, path: Any, group: Group
+) -> None:
+    """Refuse a buffer that has the learning rate where the optimizer does not.
+
+    The type ScaledTraceState says that it is inside; `rmsprop(lr_in_momentum=True)` has
+    it. A plain TraceState that directly follows the averages has no learning rate
+    inside. With another part between them it may have: in a user's own chain, or in a
+    state pickled by a version without ScaledTraceState.
+    """
+    inside = isinstance(state[trace], ScaledTraceState)
+    if not inside and trace != average + 1:
+        raise ValueError(
+            "`opt_state` must tell whether its momentum buffer has the learning rate "
+            f"inside, got a TraceState at {at((*path, SequenceKey(trace)))} that does "
+            "not directly follow the averages; update with the `tx` of from_torch, or, "
+            "if the learning rate is inside, convert that TraceState into an "
+            "optax_rmsprop.optimizer.ScaledTraceState"
+        )
+    wants_inside = group.options.get("lr_in_momentum", False)
+    if inside != wants_inside:
+        where = {True: "inside", False: "outside"}
+        raise ValueError(
+            "`opt_state` must have the learning rate where the optimizer has it, "
+            f"{where[wants_inside]} the momentum buffer, got it {where[inside]}; "
+            "learning rates of the past cannot be taken out of a buffer, nor put "
+            "into it: carry it back to the optimizer it came from"
+        )
+
+
 def _values(name: str, leaf: Any) -> np.ndarray:
-    """A leaf in NumPy. JAX raises, if it has been deleted."""
+    """A leaf in NumPy. JAX raises if it has been deleted."""
     try:
         return np.asarray(leaf)
-    except TypeError as error:  # of a PRNG key
+    except TypeError as error:  # from a PRNG key
         raise TypeError(
             f"`{name}` must have arrays of numbers, got {shown(leaf)}; {AS_UPDATED}"
         ) from error
 
 
-def _usual(array: np.ndarray) -> np.ndarray:
-    """An array in 32 or 64 bits, if it is floating point or complex."""
+def _widened(array: np.ndarray) -> np.ndarray:
+    """An array in 32 or 64 bits (a part), if it is floating point or complex."""
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return array
     dtype: Any = np.float32 if array.itemsize <= 4 else np.float64
@@ -176,91 +318,8 @@ def _usual(array: np.ndarray) -> np.ndarray:
         return array.astype(dtype, copy=False)
 
 
-def _slots_in(
-    start: Any, state: Any, group: Group, in_numpy: Callable[[Any, Any], Any]
-) -> tuple[int, dict[str, Any]]:
-    """The steps made and torch's slots, as trees, from one group's state.
-
-    `start` is the path of that state.
-    """
-    centered = group.options["centered"]
-    has_momentum = "momentum_buffer" in group.slots
-    wanted = {ScaleByStddevState if centered else ScaleByRmsState}
-    if has_momentum:
-        wanted.add(optax.TraceState)
-    if not isinstance(state, tuple):
-        raise ValueError(
-            "`opt_state` must be the state of the run's optimizer, got "
-            f"{kind_of(state)}; give what its update returned"
-        )
-    kinds: list[Any] = [
-        optax.TraceState if isinstance(part, optax.TraceState) else type(part)
-        for part in state
-    ]
-    known = {ScaleByRmsState, ScaleByStddevState, optax.TraceState}
-    averages = sorted(kind.__name__ for kind in kinds if kind in known)
-    if averages != sorted(kind.__name__ for kind in wanted):
-        raise ValueError(
-            "`opt_state` must have the averages of torch's options, "
-            f"{some(sorted(kind.__name__ for kind in wanted))}, got "
-            f"{some(averages) or 'none'}; give the state that goes with this "
-            "optimizer"
-        )
-    parts = dict(zip(kinds, state, strict=True))
-    part = parts[ScaleByStddevState if centered else ScaleByRmsState]
-    path = *start, SequenceKey(kinds.index(type(part)))
-    of_count = at((*path, GetAttrKey("count")))
-    known = jax.block_until_ready(part.count)
-    _errors.count("opt_state", known, of_count, MOST_STEPS)
-    step = int(_values("opt_state", part.count))
-
-    def squares(field: str) -> Any:
-        """Averages of squares."""
-        of_field = *path, GetAttrKey(field)
-        tree = in_numpy(getattr(part, field), of_field)
-        _errors.not_negative("opt_state", tree, of_field)
-        return tree
-
-    trees = {}
-    if centered:
-        trees["grad_avg"] = mu = in_numpy(part.mu, (*path, GetAttrKey("mu")))
-        trees["square_avg"] = jax.tree.map(
-            lambda var, mu: var if is_masked(var) else _square(var, mu),
-            squares("var"),
-            mu,
-            is_leaf=is_masked,
-        )
-    else:
-        trees["square_avg"] = squares("nu")
-    if has_momentum:
-        inside = isinstance(parts[optax.TraceState], ScaledTraceState)
-        wants_inside = group.options.get("lr_in_momentum", False)
-        if inside != wants_inside:
-            where = {True: "inside", False: "outside"}
-            raise ValueError(
-                "`opt_state` must have the learning rate where the optimizer has it, "
-                f"{where[wants_inside]} the momentum buffer, got it {where[inside]}; "
-                "learning rates of the past cannot be taken out of a buffer, nor put "
-                "into it: carry it back to the optimizer it came from"
-            )
-        of_trace = SequenceKey(kinds.index(optax.TraceState)), GetAttrKey("trace")
-        trace = parts[optax.TraceState].trace
-        trees["momentum_buffer"] = in_numpy(trace, (*start, *of_trace))
-    return step, trees
-
-
-def _square(var: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """torch's square_avg from variance and mean, each part of a number by itself."""
-    square = np.empty(var.shape, np.result_type(var, mean))
-    with np.errstate(over="ignore"):
-        square.real = var.real + mean.real**2
-        if np.iscomplexobj(square):
-            square.imag = var.imag + mean.imag**2
-    return square
-
-
-def _without_masks(tree: Any, params: Any) -> Any:
-    """A slot's tree with 0 for what another group has."""
+def _with_zeros(tree: Any, params: Any) -> Any:
+    """A slot's tree with zeros for the leaves of other groups, which are masked."""
     structure: Any = jax.tree.structure(params)
     if structure != jax.tree.structure(tree, is_leaf=is_masked):
         return tree

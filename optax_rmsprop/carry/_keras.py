@@ -4,7 +4,7 @@ from __future__ import annotations  # so that help() shows these types by name
 
 import collections
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,17 +12,11 @@ import numpy as np
 from optax_rmsprop import dialects
 from optax_rmsprop._errors import bare, some
 from optax_rmsprop.carry._port import Port
-from optax_rmsprop.carry._run import FROZEN, Group, Run, Source, carry
+from optax_rmsprop.carry._run import Group, Run, Source, Weight, carry, lazy
+from optax_rmsprop.carry._slots import KERAS_SUFFIXES
 
 if TYPE_CHECKING:
     import keras
-
-# Keras' suffix of a slot's name, and torch's name for the slot.
-SLOTS = {
-    "velocity": "square_avg",
-    "average_gradient": "grad_avg",
-    "momentum": "momentum_buffer",
-}
 
 
 def from_keras(
@@ -34,28 +28,28 @@ def from_keras(
     """Carry a model and its RMSprop from Keras 3 to JAX.
 
     Args:
-      model: holds all of the optimizer's variables. Nothing is changed in it.
+      model: has all of the optimizer's variables. It is not changed.
       optimizer: a `keras.optimizers.RMSprop`, before its first step or after any.
-      port: function from a dict of NumPy arrays to a tree of arrays, as in
+      port: a function from a dict of NumPy arrays to a tree of arrays, as in
         `from_torch`. The names are the variables' paths, such as
         "sequential/dense/kernel".
-      learning_rate: in place of Keras': a number or an optax schedule of the steps made
-        (Keras' included). Needed where Keras has a schedule.
+      learning_rate: replaces Keras': a number or an optax schedule of the number of
+        updates made (Keras' included). It must be given if Keras has a schedule.
 
     Returns:
-      A `Run` whose optimizer is that of `dialects.keras`. Leaves that are not
-      trainable stay put. Variables excluded from weight decay are in a group of their
+      A `Run` with `dialects.keras` as its optimizer, which does not change leaves that
+      are not trainable. Variables excluded from weight decay are in a group of their
       own.
 
     Raises:
       KeyError: the port asks for a path that the model does not have.
-      TypeError: another optimizer.
-      ValueError: a port that does more than to move elements, mixes groups or casts; an
-        option of Keras' that has no counterpart here; a schedule of Keras'; equal
-        paths.
+      TypeError: the optimizer is not Keras' RMSprop.
+      ValueError: the port changes elements, mixes groups or casts; an option of Keras
+        has no counterpart here; Keras has a schedule, and no learning_rate is given;
+        paths are equal.
 
     Warns:
-      RuntimeWarning: a slot holds NaN or infinity. It is carried as it is.
+      RuntimeWarning: a slot has NaN or infinity. It is carried as it is.
 
     Example:
       >>> model.compile(keras.optimizers.RMSprop(momentum=0.9))  # doctest: +SKIP
@@ -86,7 +80,9 @@ def _read(
             "`model` must have a path of its own for each variable, got more than one "
             f"at {some(repeated)}; give the layers names"
         )
-    arrays = {v.path: np.asarray(v) for v in model.weights}
+    weights = {
+        v.path: Weight(tuple(np.shape(v)), lazy(np.asarray, v)) for v in model.weights
+    }
     config = optimizer.get_config()
     takes = inspect.signature(dialects.keras).parameters
     options = {name: config[name] for name in takes.keys() & config.keys()}
@@ -98,41 +94,41 @@ def _read(
         )
     step = int(optimizer.iterations)
     groups = {"0": Group("keras", rate, options, step)}
-    of_optimizer = {v.path.split("/")[-1]: v for v in optimizer.variables}
+    variables = {v.path.split("/")[-1]: v for v in optimizer.variables}
     if repeated := _repeated(v.path.split("/")[-1] for v in optimizer.variables):
         raise ValueError(
             "`model` must have variables whose paths differ in more than / and _, got "
             f"more than one slot {some(repeated)}; give the layers other names"
         )
-    unclaimed = {name for name in of_optimizer if name.endswith(tuple(SLOTS))}
-    labels = dict.fromkeys(arrays, FROZEN)
-    slots: dict[str, Mapping[str, np.ndarray]] = {}
+    suffixes = tuple(KERAS_SUFFIXES.values())
+    unclaimed = {name for name in variables if name.endswith(suffixes)}
     for variable in model.trainable_variables:
         stem = variable.path.replace("/", "_")
-        found = {
-            name: np.asarray(of_optimizer[f"{stem}_{suffix}"])
-            for suffix, name in SLOTS.items()
-            if f"{stem}_{suffix}" in of_optimizer
+        names = {slot: f"{stem}_{suffix}" for slot, suffix in KERAS_SUFFIXES.items()}
+        slots = {
+            slot: lazy(np.asarray, variables[name])
+            for slot, name in names.items()
+            if name in variables
         }
-        unclaimed -= {f"{stem}_{suffix}" for suffix in SLOTS}
-        if step and not found:
+        unclaimed -= set(names.values())
+        if step and not slots:
             continue
-        labels[variable.path] = "0"
-        if step:
-            slots[variable.path] = found
-        # Keras tells only by itself what exclude_from_weight_decay has excluded.
+        label = "0"
+        # exclude_from_weight_decay can be read by this private method only.
         if options["weight_decay"] and not optimizer._use_weight_decay(variable):
-            labels[variable.path] = "1"
+            label = "1"
             without = options | {"weight_decay": None}
-            groups["1"] = Group("keras", rate, without, step)
+            groups[label] = Group("keras", rate, without, step)
+        weights[variable.path] = weights[variable.path]._replace(
+            group=label, trained=True, slots=slots if step else None
+        )
     if unclaimed:
         raise ValueError(
-            "`model` must hold the optimizer's variables, but none of its trainable "
+            "`model` must have the optimizer's variables, but none of its trainable "
             f"variables has the slots {some(sorted(unclaimed))}; give the model that "
             "it trains"
         )
-    shapes = {name: array.shape for name, array in arrays.items()}
-    return Source(arrays, shapes, {}, groups, labels, labels, slots)
+    return Source(weights, groups)
 
 
 def _repeated(names: Iterable[str]) -> list[str]:

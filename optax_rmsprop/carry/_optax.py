@@ -1,4 +1,4 @@
-"""Carry a run of optax's own RMSprop over to ours, in the middle."""
+"""Carry the state of optax's own RMSprop over to ours, in the middle of a run."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +13,10 @@ from jax.typing import ArrayLike
 from optax_rmsprop import _errors
 from optax_rmsprop._errors import at, kind_of, shown, some, trees
 from optax_rmsprop._numerics import accumulator_dtype_of, cast
-from optax_rmsprop.carry._run import report
+from optax_rmsprop.carry._run import warn_of_nan
 from optax_rmsprop.transforms import ScaleByRmsState, ScaleByStddevState
 
-# optax's states of averages, also those with a count, for which it exports no name.
+# optax's states of averages. It exports no names for those with a count.
 _THEIRS = tuple(
     type(jax.eval_shape(make(bias_correction=correct).init, ()))
     for make in (optax.scale_by_rms, optax.scale_by_stddev)
@@ -28,12 +28,14 @@ _INSIDE = (
     "optax.rmsprop has the learning rate inside the momentum buffer, as dialects.optax "
     "and rmsprop(lr_in_momentum=True)"
 )
-# The gradients by which both are compared, as factors of the root of nu, and the most
-# updates that an accumulation of gradients may take.
+# Both transformations are compared by the updates that they make of these gradients,
+# in units of the root of nu. With gradient accumulation it takes more updates until an
+# average changes, at most this many.
 _FACTORS = 0.5, -1.0, 2.0
-_MOST = 64
-# How many roundings the two may be apart: of 32 and 64 bits, and of 16; and how many
-# times more in what is divided by the root of a difference.
+_MOST_UPDATES = 64
+# The tolerance, in units of a dtype's eps: with 32 or 64 bits, and with 16. Centered
+# updates are divided by the root of nu - mu², a difference, whose relative rounding
+# error is larger. Their tolerance is multiplied by _CENTERED.
 _ROUNDINGS, _ROUNDINGS_OF_16_BITS, _CENTERED = 128, 8, 1000
 
 
@@ -54,45 +56,45 @@ def from_optax(
         trace = trace or -trace             optax.rmsprop negates what it traces
 
     `source` may be `optax.rmsprop`, or any chain of `optax.scale_by_rms` or
-    `optax.scale_by_stddev`, `optax.trace` and others, also inside of `optax.masked`,
-    `partition`, `inject_hyperparams`, `MultiSteps` and the like. `tx` is the same with
-    our parts in place of optax's: for `optax.rmsprop` that is `dialects.optax` with the
-    same arguments. States of other parts are taken as they are.
+    `optax.scale_by_stddev`, `optax.trace` and others, also inside `optax.masked`,
+    `partition`, `inject_hyperparams`, `MultiSteps` and the like. In `tx` our parts
+    replace optax's: for `optax.rmsprop`, `tx` is `dialects.optax` with the same
+    arguments. States of other parts do not change.
 
-    The result is not taken on trust. Both transformations make updates of the same
-    gradients, and the updates and all averages after each must agree, within about a
-    hundred roundings of the averages (a thousand times that for the updates of a
-    centered form). So another learning rate, decay or place of eps is found where it
-    makes that much of a difference at the size of this run's gradients. The sign of
-    each trace is found in the same way.
+    The result is verified. Both transformations make updates of the same gradients, and
+    the updates and all averages after each must agree, within about a hundred roundings
+    of the averages (a thousand times that for the updates of a centered form). So a
+    different learning rate, decay or position of eps is found if its effect is larger,
+    at the size of this run's gradients. The sign of each trace is found in the same
+    way.
 
-    What cannot be exact: `var` has the rounding error of `nu - mu²`, as optax's own
-    variance has. Where that is negative, and optax's next update NaN or too long, `var`
-    is 0. For parameters of 16 bits, optax has rounded `nu` to their dtype.
+    Two numbers cannot be exact. `var` has the rounding error of `nu - mu²`, as optax's
+    own variance has; where this is negative, and optax's next update NaN or too long,
+    `var` is 0. For parameters of 16 bits, optax has rounded `nu` to their dtype.
 
     Args:
-      opt_state: the state that `source` has now; arrays, not within `jax.jit`.
+      opt_state: the present state of `source`; arrays, not within `jax.jit`.
       source: the transformation of optax that made it.
       tx: ours, with the same options. Others can be chosen afterwards.
       params: the parameters, as given to init.
-      count: the number of updates made, in [0, 2³¹). By default it is read off
-        `opt_state`, where bias correction or a schedule of the rate keeps it.
-      decay: that of `source`, in [0, 1). Needed with bias correction, and only there.
+      count: the number of updates made, in [0, 2³¹). By default it is taken from
+        `opt_state`, which has it with bias correction or a schedule.
+      decay: the decay of `source`, in [0, 1). Needed only with bias correction.
 
     Returns:
       A state for `tx`, in the structure and dtypes of `tx.init(params)`.
 
     Raises:
-      TypeError: a number of the wrong kind.
-      ValueError: an `opt_state` that is not of `source`; a `tx` whose state has other
+      TypeError: a number is of the wrong kind.
+      ValueError: `opt_state` is not a state of `source`; the state of `tx` has other
         parts, or the same in another order (a learning rate inside the momentum buffer
-        cannot be taken out); updates or averages that differ; a trace whose sign no
-        update shows; averages that 64 updates do not change; a count that is needed or
-        contradicts the state; complex averages, in which optax adds the squares of both
-        parts.
+        cannot be taken out); updates or averages differ; no update shows the sign of a
+        trace; 64 updates do not change the averages; the count is missing or
+        contradicts the state; averages are complex, because optax adds the squares of
+        both parts.
 
     Warns:
-      RuntimeWarning: an average holds NaN or infinity. It is carried as it is.
+      RuntimeWarning: an average has NaN or infinity. It is carried as it is.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -115,7 +117,7 @@ def from_optax(
         raise ValueError(
             "`tx` must keep what `source` keeps, in the same order and for the same "
             f"parameters: {_names(parts)}, got {_names(wanted)}"
-            + (f"; {_INSIDE}" if optax.TraceState in map(type, wanted) else "")
+            + (f"; {_INSIDE}" if optax.TraceState in map(_type, wanted) else "")
         )
     steps = _steps(parts, count)
     _check_averages(parts)
@@ -131,7 +133,7 @@ def from_optax(
         return compare.differences(structure.unflatten(carried(parts)), carried)
 
     def both_signs_agree(i: int, is_wrong: Callable[[dict[int, str]], bool]) -> bool:
-        """Choose the sign of a trace with which nothing is wrong, if there is one."""
+        """Choose the sign of a trace, and return whether both signs are right."""
         wrong = {}
         for sign in (1, -1):
             signs[i] = sign
@@ -139,13 +141,13 @@ def from_optax(
         signs[i] = 1 if wrong[-1] else -1
         return not any(wrong.values())
 
-    # A trace shows its sign in what is added to it, or else in the updates. What is
-    # added may come from another trace, so they go in their order.
+    # The sign of a trace shows in the trace after the next updates, or else in the
+    # updates. It may be the trace of another trace, so they are tried in order.
     traces = [i for i, part in enumerate(parts) if isinstance(part, optax.TraceState)]
     unknown = [i for i in traces if both_signs_agree(i, _has(i))]
     for i in unknown:
-        holds = any(x.any() for x in jax.tree.leaves(parts[i]))
-        if both_signs_agree(i, bool) and holds:
+        is_zero = not any(x.any() for x in jax.tree.leaves(parts[i]))
+        if both_signs_agree(i, bool) and not is_zero:
             raise ValueError(
                 "`opt_state` must have traces whose sign an update shows, got one that "
                 "has no effect now; carry it over where the learning rate is not 0"
@@ -164,7 +166,7 @@ def _has(part: int) -> Callable[[dict[int, str]], bool]:
 
 
 class _Comparison:
-    """What two transformations make of the same gradients."""
+    """A comparison of the updates of two transformations for the same gradients."""
 
     def __init__(self, source: Any, opt_state: Any, tx: Any, params: Any):
         self._opt_state, self._params = opt_state, params
@@ -178,24 +180,28 @@ class _Comparison:
             float(info.eps) * (_ROUNDINGS if info.bits > 16 else _ROUNDINGS_OF_16_BITS)
             for info in infos
         ]
-        self._rounding = max(roundings, default=0.0)
+        self._average_tolerance = max(roundings, default=0.0)
         centered = any(
             isinstance(part, _THEIRS) and "mu" in part._fields for part in parts
         )
-        self._of_quotients = self._rounding * (_CENTERED if centered else 1)
+        self._update_tolerance = self._average_tolerance * (
+            _CENTERED if centered else 1
+        )
 
     def differences(
         self, ours: Any, carried: Callable[[list[Any]], list[Any]]
     ) -> dict[int, str]:
-        """The first difference in each part, by its number; in the updates, by -1."""
+        """The first difference in each part, by its number; -1 is for the updates."""
         their_update, our_update = self._updates
         theirs, found = self._opt_state, {}
-        for number in range(_MOST):
+        for number in range(_MOST_UPDATES):
             factor = _FACTORS[number % len(_FACTORS)]
             grads = jax.tree.map(lambda size: factor * size, self._sizes)  # noqa: B023
             their_updates, theirs = their_update(grads, theirs, self._params)
             our_updates, ours = our_update(grads, ours, self._params)
-            rows = [(-1, our_updates, their_updates, their_updates, self._of_quotients)]
+            rows = [
+                (-1, our_updates, their_updates, their_updates, self._update_tolerance)
+            ]
             pairs = zip(_parts(ours), carried(_parts(theirs)), strict=True)
             for i, (part, expected) in enumerate(pairs):
                 rows += [(i, *row) for row in self._rows(part, expected)]
@@ -205,22 +211,22 @@ class _Comparison:
             if number + 1 >= len(_FACTORS) and self._has_moved(theirs):
                 return found
         raise ValueError(
-            f"`source` must change its averages within {_MOST} updates, to be compared "
-            "with; carry the state over shortly before an accumulation ends"
+            f"`source` must change its averages within {_MOST_UPDATES} updates, to be "
+            "compared with; carry the state over shortly before an accumulation ends"
         )
 
     def _rows(self, part: Any, expected: Any) -> list[tuple[Any, Any, Any, float]]:
-        """What to compare: ours, optax's, the size of their errors, and a tolerance."""
+        """Trees to compare: ours, optax's, their scale, and the tolerance for it."""
         if isinstance(part, optax.TraceState):
-            return [(part, expected, expected, self._of_quotients)]
+            return [(part, expected, expected, self._update_tolerance)]
         if isinstance(part, ScaleByRmsState):
-            return [(part.nu, expected.nu, expected.nu, self._rounding)]
+            return [(part.nu, expected.nu, expected.nu, self._average_tolerance)]
         if isinstance(part, ScaleByStddevState):
             nu = jax.tree.map(lambda var, mu: var + mu * mu, expected.var, expected.mu)
             root = jax.tree.map(jnp.sqrt, nu)
             return [
-                (part.mu, expected.mu, root, self._rounding),
-                (part.var, expected.var, nu, self._rounding),
+                (part.mu, expected.mu, root, self._average_tolerance),
+                (part.var, expected.var, nu, self._average_tolerance),
             ]
         return []
 
@@ -232,7 +238,10 @@ class _Comparison:
 
 
 def _apart(got: Any, expected: Any, sizes: Any, tolerance: float) -> str | None:
-    """Where two trees are too far apart, as far as the expected one is finite."""
+    """The worst difference in a leaf that exceeds its tolerance, or None.
+
+    Elements for which optax has NaN or infinity are not compared.
+    """
     rows = zip(*map(jax.tree.leaves, (got, sizes)), strict=True)
     for (path, y), row in zip(tree_leaves_with_path(expected), rows, strict=True):
         dtype = accumulator_dtype_of(y)
@@ -243,8 +252,7 @@ def _apart(got: Any, expected: Any, sizes: Any, tolerance: float) -> str | None:
         if not (errors <= limit).all():
             worst = np.unravel_index(np.argmax(errors), errors.shape)
             was, should = (np.asarray(leaf)[worst] for leaf in (x, y))
-            where = at(path)
-            return f"{was:.6g} where it makes {should:.6g} at {where}"
+            return f"{was:.6g} where it makes {should:.6g} at {at(path)}"
     return None
 
 
@@ -272,24 +280,26 @@ def _is_part(x: Any) -> bool:
 
 
 def _parts(state: optax.OptState) -> list[Any]:
-    """The states that RMSprop is made of, in their order, and all other arrays."""
+    """The states of RMSprop's parts, and all other arrays, in the order of leaves."""
     return jax.tree.leaves(state, is_leaf=_is_part)
 
 
 def _kind(part: Any) -> Any:
-    """The same for a part of optax's and for ours that corresponds to it."""
+    """A value that is equal for a part of optax and the corresponding one of ours."""
     if not _is_part(part):
         return part.shape, part.dtype
-    kind: Any = type(part)
-    if isinstance(part, _THEIRS + _OURS):
-        kind = "mu" in part._fields
-    elif isinstance(part, optax.TraceState):
-        kind = optax.TraceState
+    is_average = isinstance(part, _THEIRS + _OURS)
+    kind = "mu" in part._fields if is_average else _type(part)
     return kind, jax.tree.structure(part[-1]), *map(np.shape, jax.tree.leaves(part[-1]))
 
 
+def _type(part: Any) -> Any:
+    """The type of a part. Our ScaledTraceState is optax's TraceState in this file."""
+    return optax.TraceState if isinstance(part, optax.TraceState) else type(part)
+
+
 def _names(parts: list[Any]) -> str:
-    names = [type(part).__name__ if _is_part(part) else _array(part) for part in parts]
+    names = [_type(part).__name__ if _is_part(part) else _array(part) for part in parts]
     return some(names, most=150) or "nothing"
 
 
@@ -304,14 +314,14 @@ def _has_count(part: Any) -> bool:
 
 
 def _steps(parts: list[Any], count: int | None) -> int:
-    """The number of updates made, on which all must agree that count them."""
+    """The number of updates made. All counts in the state must agree on it."""
     counts = [part.count for part in parts if _has_count(part)]
     for value in jax.block_until_ready(counts):
         _errors.count("opt_state", value)
     found = set(map(int, counts))
     if count is not None:
         if isinstance(count, jax.Array) and count.ndim == 0 and _errors.is_real(count):
-            count = count.item()  # of a TrainState
+            count = count.item()  # Flax's TrainState has an array
         found.add(_errors.integer("count", count, high=2**31))
     if len(found) != 1:
         got = some(sorted(found), " and ")
@@ -338,13 +348,13 @@ def _check_averages(parts: list[Any]) -> None:
                 broken.append(where)
         if "nu" in part._fields:
             _errors.not_negative("opt_state", part.nu)
-    report(broken)
+    warn_of_nan(broken)
 
 
 def _carried(
     part: Any, like: Any, sign: int, steps: int, decay: ArrayLike | None
 ) -> Any:
-    """A part of optax's state, as ours, if ours is another."""
+    """Convert a part of optax's state to the type and the dtypes of `like`."""
     if isinstance(part, optax.TraceState):
         return type(like)(
             jax.tree.map(lambda t, new: sign * cast(t, new.dtype), *part, *like)
@@ -352,7 +362,7 @@ def _carried(
     if not isinstance(like, _OURS):
         return part
     total: Any = 1.0
-    if _has_count(part) and part.count:  # optax divides by this at every use
+    if _has_count(part) and part.count:  # optax divides by `total` at every use
         why = "; bias correction needs that of `source`"
         decay = _errors.number("decay", decay, high=1, hint=why)
         total = 1 - decay ** int(part.count)
@@ -370,7 +380,7 @@ def _carried(
 
 
 def _gradient_sizes(parts: list[Any], params: optax.Params) -> optax.Updates:
-    """The root of nu, where it belongs to a parameter and is not 0; else 1."""
+    """For each element of a parameter the root of its nu, or 1 without one or at 0."""
     if isinstance(params, optax.LookaheadParams):
         params = params.fast
 

@@ -1,10 +1,30 @@
-"""A run of another framework, and how it goes on in JAX: what all sources share."""
+"""A run of another framework, in the same form for all of them, and its start in JAX.
+
+A source (`_torch_read.py`, `_keras.py`) fills one table: a `Weight` for each parameter
+and buffer. `carry` probes the user's port with the shapes in that table (`_port.py`),
+and then moves the arrays and each of their slots as the port does.
+
+For example, take a model of one parameter after three updates, and a port that
+transposes it into "kernel". The table is
+
+    {"weight": Weight(shape=(1, 2), array=[[5, 6]], group="0", trained=True, slots={
+        "grad_avg": [[1, 2]], "square_avg": [[3, 4]], "momentum_buffer": [[7, 8]]})}
+
+and `carry` makes of it the parameters and the state
+
+    {"kernel": [[5], [6]]}
+    (ScaleByStddevState(count=3, mu={"kernel": [[1], [2]]}, var={"kernel": [[2], [0]]}),
+     TraceState(trace={"kernel": [[7], [8]]}), ...)
+
+because var = square_avg - grad_avg². `_back.py` does the reverse.
+"""
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +34,17 @@ import optax
 
 from optax_rmsprop import _errors, dialects
 from optax_rmsprop._errors import at, bare, shown, some
-from optax_rmsprop.carry._port import Correspondence, Port
+from optax_rmsprop.carry._port import Port, ProbedPort
+from optax_rmsprop.carry._slots import (
+    FIELDS,
+    GRAD_AVG,
+    MOMENTUM_BUFFER,
+    SQUARE_AVG,
+    field_value,
+)
 
-FROZEN = "frozen"  # the label of what no group trains
-# Our averages, and torch's; var is square_avg - grad_avg².
-MOMENTS = {"nu": "square_avg", "mu": "grad_avg", "var": "", "trace": "momentum_buffer"}
+FROZEN = "frozen"  # the label of parameters that no group trains, and of buffers
+LazyArray = Callable[[], np.ndarray]  # see `lazy`
 
 
 class Group(NamedTuple):
@@ -31,16 +57,16 @@ class Group(NamedTuple):
 
     @property
     def slots(self) -> list[str]:
-        """The slots of each of its parameters, by torch's names."""
+        """The names of the slots that each of its parameters has."""
         needed = {
-            "square_avg": True,
-            "grad_avg": self.options["centered"],
-            "momentum_buffer": self.options["momentum"] > 0,
+            SQUARE_AVG: True,
+            GRAD_AVG: self.options["centered"],
+            MOMENTUM_BUFFER: self.options["momentum"] > 0,
         }
         return [slot for slot, is_needed in needed.items() if is_needed]
 
     def transform(self, learning_rate: Any) -> optax.GradientTransformationExtraArgs:
-        """The optimizer."""
+        """The optimizer in JAX."""
         return getattr(dialects, self.dialect)(learning_rate, **self.options)
 
 
@@ -48,9 +74,9 @@ class Run(NamedTuple):
     """A run that goes on in JAX.
 
     Attributes:
-      params: the port's tree.
-      tx: the optimizer: that of `dialects.torch`, `dialects.timm` or `dialects.keras`
-        with the options of the run's group, or an `optax.partition` of several.
+      params: the tree that the port returns.
+      tx: the optimizer: `dialects.torch`, `dialects.timm` or `dialects.keras` with the
+        options of the run's group, or an `optax.partition` of several.
       opt_state: its state, with the run's averages, momentum and number of steps.
     """
 
@@ -59,43 +85,82 @@ class Run(NamedTuple):
     opt_state: Any
 
 
-class Source(NamedTuple):
-    """What of a run is carried, in NumPy."""
+def lazy(convert: Callable[..., np.ndarray], *arguments: Any) -> LazyArray:
+    """A function that converts an array to NumPy at its first call, and keeps it.
 
-    arrays: Mapping[str, np.ndarray]  # parameters and buffers, tied ones once
-    shapes: dict[str, tuple[int, ...]]  # of the arrays
-    tied: dict[str, str]  # further names of tied parameters, to those in arrays
-    groups: dict[str, Group]  # by label
-    labels: dict[str, str]  # of each array, its group or FROZEN
-    members: dict[str, str]  # of each parameter, its group, trained or not
-    slots: dict[str, Mapping[str, np.ndarray]]  # of each parameter, by torch's names
-    overlaps: Sequence[tuple[str, str]] = ()  # arrays that share a part of their memory
+    Nothing calls it for arrays that the port leaves out. So these may be of a kind that
+    NumPy does not have, such as sparse or float8.
+    """
+    return functools.cache(functools.partial(convert, *arguments))
+
+
+class Weight(NamedTuple):
+    """A parameter or a buffer of the source.
+
+    Attributes:
+      shape: known without converting the array.
+      array: its values, see `lazy`.
+      group: the label of the group that has it, trained or not; None for a buffer.
+      trained: False if it is frozen, or has had no gradient although others of its
+        group have.
+      slots: by torch's names; None if the optimizer has no state of it.
+    """
+
+    shape: tuple[int, ...]
+    array: LazyArray
+    group: str | None = None
+    trained: bool = False
+    slots: Mapping[str, LazyArray] | None = None
+
+    @property
+    def label(self) -> str:
+        """The label of the group that trains it, or FROZEN."""
+        return self.group if self.group and self.trained else FROZEN
+
+
+class Source(NamedTuple):
+    """A run of another framework, as it was read.
+
+    Attributes:
+      weights: by name, in the order in which the port gets them. Tied ones are in it
+        once.
+      groups: by label.
+      tied: the further names of tied weights, each with the name in `weights`.
+      overlaps: pairs of weights that share a part of their memory.
+    """
+
+    weights: dict[str, Weight]
+    groups: dict[str, Group]
+    tied: Mapping[str, str] = {}
+    overlaps: Sequence[tuple[str, str]] = ()
 
     def check(self) -> None:
-        """Refuse slots that are not as their options want them; report NaN in them.
+        """Refuse slots that do not fit the options; warn of NaN in them.
 
         Raises:
-          ValueError: a slot is missing, or of another shape or kind than its
+          ValueError: a slot is missing, or its shape or kind is not that of its
             parameter.
         """
         broken = []
-        for name, slots in self.slots.items():
-            group = self.groups[self.labels[name]]
-            for slot in group.slots:
-                if slot not in slots:
+        for name, weight in self.weights.items():
+            if weight.slots is None:
+                continue
+            for slot in self.groups[weight.label].slots:
+                if slot not in weight.slots:
                     raise ValueError(
                         f"the optimizer's state of `{bare(name)}` must have {slot}, "
-                        f"which its options need, got {some(slots) or 'nothing'}; "
-                        "give the options that it was trained with"
+                        "which its options need, got "
+                        f"{some(weight.slots) or 'nothing'}; give the options that it "
+                        "was trained with"
                     )
-                what, array = f"{slot} of `{bare(name)}`", slots[slot]
-                if array.shape != self.shapes[name]:
-                    expected, shape = shown(self.shapes[name]), shown(array.shape)
+                what, array = f"{slot} of `{bare(name)}`", weight.slots[slot]()
+                if array.shape != weight.shape:
                     raise ValueError(
-                        f"{what} must have its parameter's shape {expected}, got "
-                        f"{shape}; model and optimizer must be of the same run"
+                        f"{what} must have its parameter's shape "
+                        f"{shown(weight.shape)}, got {shown(array.shape)}; model and "
+                        "optimizer must be of the same run"
                     )
-                wanted = self.arrays[name].dtype
+                wanted = weight.array().dtype
                 if not _errors.averages(array.dtype, wanted):
                     raise ValueError(
                         f"{what} must be floating point as its parameter, {wanted}, "
@@ -104,17 +169,16 @@ class Source(NamedTuple):
                     )
                 if not np.isfinite(array).all():
                     broken.append(what)
-        report(broken)
+        warn_of_nan(broken)
 
 
-def probe(source: Source, port: Port) -> Correspondence:
-    """Where the port puts every element of the source.
+def probe(source: Source, port: Port) -> ProbedPort:
+    """Find out where the port moves each element of the source.
 
     Raises:
-      TypeError: the port is no function.
+      TypeError: the port is not a function.
       ValueError: the port changes elements, or keeps two arrays that share some.
     """
-    trained = [name for name, label in source.labels.items() if label != FROZEN]
 
     def with_tied(arrays: dict[str, np.ndarray]) -> Any:
         arrays.update({name: arrays[first] for name, first in source.tied.items()})
@@ -125,8 +189,12 @@ def probe(source: Source, port: Port) -> Correspondence:
             "`port` must be a function from a dict of arrays to a tree of them, got "
             f"{shown(port)}; `dict` keeps every name as it is"
         )
-    places = Correspondence(with_tied, source.shapes, trained)
-    used = {name for names in places.sources for name in names}
+    probed = ProbedPort(
+        with_tied,
+        shapes={name: weight.shape for name, weight in source.weights.items()},
+        needed={name for name, weight in source.weights.items() if weight.trained},
+    )
+    used = {name for names in probed.sources for name in names}
     for pair in source.overlaps:
         if used.issuperset(pair):
             a, b = (f"`{bare(name)}`" for name in pair)
@@ -134,16 +202,19 @@ def probe(source: Source, port: Port) -> Correspondence:
                 f"{a} and {b} must be apart in memory, or the same elements of it, but "
                 "share some; clone one of them in torch, or let the port leave it out"
             )
-    return places
+    return probed
 
 
 def carry(source: Source, port: Port, learning_rate: Any) -> Run:
-    """Make a run of JAX from what was read of one elsewhere."""
+    """Start a run in JAX with the numbers of another framework's run."""
     source.check()
-    places = probe(source, port)
-    # An empty leaf comes from nowhere, and may be in any group.
-    labels = jax.tree.map(lambda label: label or "0", places.label(source.labels))
-    params = _to_jax(places, source.arrays)
+    probed = probe(source, port)
+    labels = probed.label_tree(
+        {n: weight.label for n, weight in source.weights.items()}
+    )
+    # An empty leaf has no source array and no label. Any group may have it.
+    labels = jax.tree.map(lambda label: label or "0", labels)
+    params = _params(probed, source)
     rates = _learning_rates(learning_rate, source)
     transforms = {
         label: group.transform(rates[label]) for label, group in source.groups.items()
@@ -154,36 +225,38 @@ def carry(source: Source, port: Port, learning_rate: Any) -> Run:
     else:
         tx = optax.partition(transforms | {FROZEN: optax.set_to_zero()}, labels)
     if all(group.step for group in source.groups.values()):
-        state = jax.eval_shape(tx.init, params)  # all of it is filled
+        state = jax.eval_shape(tx.init, params)  # every array in it is replaced
     else:
         state = tx.init(params)
     if is_one:
-        return Run(params, tx, _filled(state, places, source, "0"))
-    inner_states = {
+        return Run(params, tx, _filled(state, probed, source, "0"))
+    filled = {
         label: masked._replace(
-            inner_state=_filled(masked.inner_state, places, source, label)
+            inner_state=_filled(masked.inner_state, probed, source, label)
         )
         for label, masked in state.inner_states.items()
         if label != FROZEN
     }
-    inner_states = state.inner_states | inner_states
+    inner_states = state.inner_states | filled
     return Run(params, tx, state._replace(inner_states=inner_states))
 
 
-def _to_jax(places: Correspondence, arrays: Mapping[str, np.ndarray]) -> Any:
-    """The port's tree in JAX arrays of the source's dtypes."""
-    carried = []
-    for number, path in enumerate(places.paths):
-        array = jnp.array(places.gather(number, arrays.__getitem__))
-        for name in places.sources[number]:
-            if array.dtype != arrays[name].dtype:
+def _params(probed: ProbedPort, source: Source) -> Any:
+    """The port's tree, in JAX arrays of the source's dtypes."""
+    leaves = []
+    for number, path in enumerate(probed.paths):
+        leaf = probed.assemble(number, lambda name: source.weights[name].array())
+        array = jnp.array(leaf)
+        for name in probed.sources[number]:
+            wanted = source.weights[name].array().dtype
+            if array.dtype != wanted:
                 raise ValueError(
                     f"{at(path)} must keep the dtype of `{bare(name)}`, "
-                    f"{arrays[name].dtype}, got {array.dtype}; 64 bits need "
+                    f"{wanted}, got {array.dtype}; 64 bits need "
                     "jax.config.update('jax_enable_x64', True); leave out a buffer"
                 )
-        carried.append(array)
-    return places.unflatten(carried)
+        leaves.append(array)
+    return probed.unflatten(leaves)
 
 
 def _learning_rates(learning_rate: Any, source: Source) -> dict[str, Any]:
@@ -199,64 +272,50 @@ def _learning_rates(learning_rate: Any, source: Source) -> dict[str, Any]:
     return dict(zip(source.groups, learning_rate, strict=True))
 
 
-def _filled(state: Any, places: Correspondence, source: Source, label: str) -> Any:
+def _filled(state: Any, probed: ProbedPort, source: Source, label: str) -> Any:
     """The state of one group's transform, with the source's numbers."""
-    if not source.groups[label].step:
+    step = source.groups[label].step
+    if not step:
         return state
 
-    def slot(field: str, like: Any) -> Any:
+    def filled(field: str, like: Any) -> Any:
         def array_of(name: str) -> np.ndarray:
-            return _moment(field, source.slots[name])
+            return field_value(field, source.weights[name].slots or {})
 
         leaves = jax.tree.leaves(like, is_leaf=is_masked)
         for number, old in enumerate(leaves):
             if not is_masked(old):
-                leaves[number] = jnp.array(places.gather(number, array_of), old.dtype)
-        return places.unflatten(leaves)
+                leaf = probed.assemble(number, array_of)
+                leaves[number] = jnp.array(leaf, old.dtype)
+        return probed.unflatten(leaves)
 
     parts = []
     for part in state:
-        carried = {
-            field: slot(field, getattr(part, field))
+        new = {
+            field: filled(field, getattr(part, field))
             for field in part._fields
-            if field in MOMENTS
+            if field in FIELDS
         }
         if "count" in part._fields:
-            step = source.groups[label].step
-            carried["count"] = jnp.asarray(step, part.count.dtype)
-        parts.append(part._replace(**carried))
+            new["count"] = jnp.asarray(step, part.count.dtype)
+        parts.append(part._replace(**new))
     return tuple(parts)
-
-
-def _moment(field: str, slots: Mapping[str, np.ndarray]) -> np.ndarray:
-    """One of our averages from torch's."""
-    if field != "var":
-        return slots[MOMENTS[field]]
-    square = slots["square_avg"]
-    mean = slots["grad_avg"].astype(np.result_type(square, np.float32))
-    var = np.empty(square.shape, mean.dtype)
-    # torch's difference can round below 0, where it gives NaN.
-    with np.errstate(over="ignore", invalid="ignore"):
-        var.real = np.maximum(square.real - mean.real**2, 0)
-        if np.iscomplexobj(square):
-            var.imag = np.maximum(square.imag - mean.imag**2, 0)
-    return var
 
 
 def is_masked(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
-def report(broken: list[str]) -> None:
-    """Warn of slots that are not finite, at the line outside of this package."""
-    if not broken:
+def warn_of_nan(slots: list[str]) -> None:
+    """Warn of slots that are not finite, at the user's line that called the package."""
+    if not slots:
         return
     package, level, frame = __name__.partition(".")[0], 1, sys._getframe()
-    # Within exec, a frame may have no name.
+    # A frame has no name where exec runs code in a namespace without one.
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == package:
         frame, level = frame.f_back, level + 1
     warnings.warn(
-        f"carried as it is, with NaN or infinity: {some(broken, most=300)}; those "
+        f"carried as it is, with NaN or infinity: {some(slots, most=300)}; those "
         "parameters will not train any more",
         RuntimeWarning,
         stacklevel=level,

@@ -1,10 +1,10 @@
 """Carry a run between torch and JAX: parameters, optimizer state, parameter groups.
 
-How the weights move is yours to say: a port, a function from torch's arrays by name
-(those of the model's state_dict) to a tree for JAX. It may rename, reshape, transpose,
-split, concatenate and stack; `torch_layers` has it ready for the usual layers.
-`_port.py` finds out where it puts each element; so the same function carries every slot
-of the optimizer, there and back.
+The user says how the weights move by a port: a function that takes a dict of torch's
+arrays, with the names of the model's state_dict, and returns a tree for JAX. It may
+rename, reshape, transpose, split, concatenate and stack; `torch_layers` has ports of
+the usual layers. `_port.py` finds out which element comes from where. So the same
+function moves each slot of the optimizer, in both directions.
 """
 
 from __future__ import annotations  # so that help() shows these types by name
@@ -12,7 +12,7 @@ from __future__ import annotations  # so that help() shows these types by name
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from optax_rmsprop.carry._back import WayBack
+from optax_rmsprop.carry._back import SourceArrays
 from optax_rmsprop.carry._port import Port
 from optax_rmsprop.carry._run import Run, carry
 from optax_rmsprop.carry._torch_read import read, read_checkpoint
@@ -31,35 +31,35 @@ def from_torch(
     """Carry a model and its RMSprop from torch to JAX.
 
     Args:
-      model: holds all of the optimizer's parameters. Nothing is changed in it.
+      model: has all of the optimizer's parameters. It is not changed.
       optimizer: a `torch.optim.RMSprop`, or the `RMSpropTF` of timm, before its first
         step or after any.
-      port: function from a dict of NumPy arrays, the model's state_dict, to a tree of
-        arrays. It must use every trained parameter, each element once, and may leave
-        out the others (frozen parameters, buffers, further names of tied parameters).
-        Tied are all names of the same elements of the same memory. A leaf must stay
-        within one parameter group.
-      learning_rate: in place of torch's: a number, an optax schedule of the steps made
-        (torch's included), or a list of one for each group. By default the group's
-        present one, from now on constant.
+      port: a function from a dict of NumPy arrays, the model's state_dict, to a tree
+        of arrays. It must use each element of each trained parameter once. It may leave
+        out the rest: frozen parameters, buffers, further names of tied parameters.
+        (Names are tied if they are the same elements of the same memory.) The arrays
+        in one leaf must be of one parameter group.
+      learning_rate: replaces torch's: a number, an optax schedule of the number of
+        updates made (torch's included), or a list with one of these for each group. By
+        default it is the group's present one, and constant from now on.
 
     Returns:
-      A `Run`. Leaves that no group trains, or that have had no gradient while
-      others of their group have, stay put.
+      A `Run`. Its optimizer does not change leaves that no group trains, nor leaves
+      that have had no gradient although others of their group have.
 
     Raises:
       KeyError: the port asks for a name that the model does not have.
-      TypeError: what is no model, no port or another optimizer; an option or a step
-        that is no number; a tensor that the port uses and NumPy does not have (sparse,
-        quantized, without values, in float8).
-      ValueError: a port that does more than to move elements, mixes groups or casts; a
-        model that does not hold the optimizer's parameters, or in which two of them
-        share memory, but are not tied; tied ones of which the optimizer trains two; a
-        state that does not fit its parameter; an option or a step out of range; an
-        option of timm's that has no counterpart here.
+      TypeError: the model, the optimizer or the port is of another kind; an option or
+        a step is not a number; the port uses a tensor that NumPy cannot represent
+        (sparse, quantized, without values, in float8).
+      ValueError: the port changes elements, mixes groups or casts; the model lacks
+        parameters of the optimizer; two parameters share a part of their memory; the
+        optimizer trains two parameters that are tied; a state does not fit its
+        parameter; an option or a step is out of range; an option of timm has no
+        counterpart here.
 
     Warns:
-      RuntimeWarning: a slot holds NaN or infinity. It is carried as it is.
+      RuntimeWarning: a slot has NaN or infinity. It is carried as it is.
 
     Example:
       >>> import torch
@@ -90,22 +90,22 @@ def from_torch_checkpoint(
 
     Args:
       model: the model's state_dict.
-      optimizer: the optimizer's state_dict, of torch's RMSprop or timm's RMSpropTF. It
-        does not say its class: that of another optimizer with RMSprop's options, such
-        as Stable-Baselines3's RMSpropTFLike, is taken for torch's.
+      optimizer: the state_dict of torch's RMSprop or timm's RMSpropTF. A state_dict
+        does not tell the optimizer's class. So one of another class with the same
+        options, such as Stable-Baselines3's RMSpropTFLike, is taken for torch's.
       port: as in `from_torch`.
-      names: the name of each of the optimizer's parameters, in its order. By default
-        the checkpoint's own, which it has where the optimizer was made from
+      names: the names of the optimizer's parameters, in its order. By default they are
+        the checkpoint's own. It has them if the optimizer was made from
         `model.named_parameters()`.
       learning_rate: as in `from_torch`.
 
     Returns:
-      A `Run`. What has no state while others of its group have stays put, as do
-      parameters that are not the optimizer's.
+      A `Run`. Its optimizer does not change parameters that the saved optimizer lacks,
+      nor those without a state although others of their group have one.
 
     Raises:
-      KeyError, TypeError, ValueError: as `from_torch`; names that are missing, repeated
-        or not the model's; a state that does not fit its parameter.
+      KeyError, TypeError, ValueError: as `from_torch`; or names are missing, repeated
+        or not in the model.
 
     Warns:
       RuntimeWarning: as `from_torch`.
@@ -143,20 +143,22 @@ def to_torch(
     """Carry a run back: write parameters and optimizer state into torch's, in place.
 
     Args:
-      params: as from `from_torch`, after any number of updates.
-      opt_state: likewise.
-      model: like that given to `from_torch`, or the same.
-      optimizer: likewise. Its learning rates are left as they are.
-      port: the same.
+      params: the parameters of `from_torch`, after any number of updates.
+      opt_state: the optimizer's state, likewise.
+      model: the model given to `from_torch`, or one like it.
+      optimizer: likewise. Its learning rates do not change.
+      port: the port given to `from_torch`.
 
     Raises:
-      KeyError, TypeError, ValueError: as `from_torch`; parameters or a state that do
-        not belong to this model, optimizer and port; averages of squares or a count
-        below 0; a momentum buffer that has the learning rate inside for an optimizer
-        that has it outside, or the reverse; a tensor that torch cannot write.
+      KeyError, TypeError, ValueError: as `from_torch`; or parameters or state do not
+        belong to this model, optimizer and port; averages of squares or a count are
+        below 0; the momentum buffer has the learning rate inside and the optimizer
+        has it outside, or the reverse, or the state does not tell which; torch cannot
+        write to a tensor.
 
-    Nothing is written then. If writing itself fails (no memory is left, or the user
-    interrupts it), what was written is taken back before the error goes on.
+    After these errors nothing has been written. If writing itself fails (no memory is
+    left, or the user interrupts it), all old values are restored before the error is
+    raised.
 
     Warns:
       RuntimeWarning: as `from_torch`.
@@ -168,4 +170,4 @@ def to_torch(
       See `from_torch`.
     """
     source = read(model, optimizer)
-    write(model, optimizer, WayBack(params, opt_state, source, port))
+    write(model, optimizer, SourceArrays(params, opt_state, source, port))

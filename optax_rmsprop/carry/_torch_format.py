@@ -1,4 +1,4 @@
-"""The form that torch's state_dicts and optimizers have, and what else is refused."""
+"""Refuse state_dicts and optimizers that do not have the form of torch's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AS_TRAINED = "give what the run had in torch"
 
 
 def tensors_in(model: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Those of a state_dict, in which a module may have put other things too."""
+    """The tensors of a state_dict, without the extra state that modules may add."""
     for name, value in model.items():
         if not isinstance(name, str):
             raise TypeError(
@@ -36,10 +36,10 @@ def _is_extra(name: str) -> bool:
 
 
 def names_in(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names that a checkpoint has for its parameters, if it has any."""
+    """The parameters' names in a checkpoint, if it has them."""
     own = []
     for number, group in enumerate(groups):
-        # In the format of torch.distributed.checkpoint names stand in place of numbers.
+        # torch.distributed.checkpoint replaces the numbers in params by names.
         found = group.get("param_names", group["params"])
         for key in group["params"]:
             if not isinstance(key, int | str):
@@ -58,7 +58,7 @@ def names_in(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def check_groups(groups: Any, states: Any) -> None:
-    """Refuse what does not have the form of an optimizer's groups and states."""
+    """Check the form of an optimizer's groups and states."""
     remedy = "give an optimizer, or its state_dict, as torch made it"
     if not isinstance(groups, list | tuple) or not groups:
         error = ValueError if isinstance(groups, list | tuple) else TypeError
@@ -92,6 +92,7 @@ def check_groups(groups: Any, states: Any) -> None:
 def check_names(
     names: Sequence[str], wanted: int, model: Mapping[str, torch.Tensor]
 ) -> None:
+    """Check that these names are distinct, in the model, and as many as wanted."""
     usual = (
         "of an RMSprop(model.parameters()) they are "
         "[name for name, _ in model.named_parameters()]"
@@ -116,7 +117,7 @@ def check_names(
 
 
 def finite(what: str, value: Any) -> float:
-    """A finite number, or a tensor that holds one."""
+    """The value of a finite number, or of a tensor with one element."""
     import torch
 
     given = value
@@ -139,13 +140,13 @@ def finite(what: str, value: Any) -> float:
 
 
 def one_parameter(key: Any) -> str:
-    """A parameter, or what stands for it in a checkpoint, as an error shows it."""
+    """A live parameter, or its key in a checkpoint, as errors show it."""
     shape = getattr(key, "shape", None)
     return bare(key) if shape is None else f"one of shape {shown(tuple(shape))}"
 
 
 def check_tensor(name: str, tensor: Any) -> None:
-    """Refuse what is no tensor."""
+    """Check that this is a tensor."""
     import torch
 
     if not isinstance(tensor, torch.Tensor):

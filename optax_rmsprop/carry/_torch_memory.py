@@ -1,4 +1,4 @@
-"""Where torch's tensors lie in memory, and which of them share it."""
+"""Find out which tensors of torch share memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def problem(tensor: torch.Tensor) -> str | None:
-    """Why a tensor has no plain elements in memory, and what to do; else None."""
+    """The rule that a tensor without plain elements in memory breaks, or None.
+
+    It is the part of an error message after "must".
+    """
     import torch
 
     if torch.nn.parameter.is_lazy(tensor):
@@ -29,11 +32,14 @@ def problem(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def place(tensor: torch.Tensor) -> Hashable:
-    """Equal for two tensors that are the same elements of the same memory."""
+def address(tensor: torch.Tensor) -> Hashable:
+    """A value that is equal for two tensors of the same elements of the same memory.
+
+    A tensor without memory gets an integer of its own.
+    """
     start = 0
     if problem(tensor) is None and tensor.numel():
-        with contextlib.suppress(RuntimeError):  # of a class without memory
+        with contextlib.suppress(RuntimeError):  # tensors of some classes have none
             start = tensor.data_ptr()
     if not start:
         return id(tensor)
@@ -43,11 +49,11 @@ def place(tensor: torch.Tensor) -> Hashable:
 
 
 def overlaps(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
-    """The names of each two tensors that have an element's memory in common."""
+    """The names of each two tensors that share memory, but are not the same."""
     spans = {
         name: (str(tensor.device), *_span(tensor))
         for name, tensor in tensors.items()
-        if not isinstance(place(tensor), int)
+        if not isinstance(address(tensor), int)
     }
     found, before = [], list[str]()
     for name in sorted(spans, key=spans.__getitem__):
@@ -63,7 +69,7 @@ def overlaps(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two of a tensor's elements are one in memory, as of an expanded one."""
+    """Whether two elements of a tensor share memory, as they do in an expanded one."""
     if tensor.is_contiguous() or not tensor.numel():
         return False
     start, end = _span(tensor)
@@ -77,7 +83,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses of its first byte, and of the one after its last."""
+    """The addresses of a tensor's first byte, and of the byte after its last."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = sum((size - 1) * stride for size, stride in steps)
     start = tensor.data_ptr()
@@ -85,19 +91,19 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors whose spans do have a byte in common.
+    """Whether two tensors with overlapping spans have a byte in common.
 
-    Spans alone do not tell: the columns of one array lie between each other.
+    They need not: the spans of two columns of one array overlap.
     """
     try:
-        most: Any = 10**6  # its annotation allows fewer values than it does
+        most: Any = 10**6  # the annotation allows only -1 and 0
         return np.shares_memory(_addresses(a), _addresses(b), max_work=most)
     except np.exceptions.TooHardError:
         return True
 
 
 def _addresses(tensor: torch.Tensor) -> np.ndarray:
-    """An array of a tensor's bytes, on whatever device, which are not to be read."""
+    """An array with a tensor's addresses. Reading it would crash on another device."""
     size = tensor.element_size()
     interface = {
         "version": 3,

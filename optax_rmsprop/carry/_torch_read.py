@@ -1,16 +1,17 @@
-"""A torch run in NumPy: what is read out of a live run or of a checkpoint."""
+"""Read a run of torch into a `Source`, from live objects or from a checkpoint."""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from optax_rmsprop._errors import bare, kind_of, shown, some
-from optax_rmsprop.carry._run import FROZEN, Group, Source
+from optax_rmsprop.carry._run import Group, LazyArray, Source, Weight, lazy
+from optax_rmsprop.carry._slots import SLOTS
 from optax_rmsprop.carry._torch_format import (
     AS_TRAINED,
     check_groups,
@@ -21,15 +22,14 @@ from optax_rmsprop.carry._torch_format import (
     one_parameter,
     tensors_in,
 )
-from optax_rmsprop.carry._torch_memory import overlaps, place, problem
+from optax_rmsprop.carry._torch_memory import address, overlaps, problem
 
 if TYPE_CHECKING:
     import torch
 
-SLOTS = ("square_avg", "grad_avg", "momentum_buffer")
-# The options of a group that change numbers, but for lr, and what torch and timm take
-# them for in the checkpoints of versions that did not have them yet.
-OF_TORCH: dict[str, bool | float] = {
+# The options of a group that change numbers, except lr. Checkpoints of older versions
+# lack some of them; torch and timm then take these values.
+TORCH_DEFAULTS: dict[str, bool | float] = {
     "alpha": 0.99,
     "eps": 1e-8,
     "weight_decay": 0.0,
@@ -37,7 +37,7 @@ OF_TORCH: dict[str, bool | float] = {
     "centered": False,
     "maximize": False,
 }
-OF_TIMM: dict[str, bool | float] = {
+TIMM_DEFAULTS: dict[str, bool | float] = {
     "alpha": 0.9,
     "eps": 1e-10,
     "weight_decay": 0.0,
@@ -48,39 +48,15 @@ OF_TIMM: dict[str, bool | float] = {
     "lr_in_momentum": True,
     "caution": False,
 }
-# What `Tensor.numpy` knows, and bfloat16.
+# The dtypes that `Tensor.numpy` converts, and bfloat16.
 IN_NUMPY = {
     *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
 }
 
 
-class _Arrays(Mapping[str, np.ndarray]):
-    """Tensors in NumPy, each converted when it is asked for.
-
-    What a port leaves out, no one asks for, and it may be of any kind.
-    """
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], ending: str = ""):
-        """`ending` is added to a name in errors about it."""
-        self._tensors, self._ending = tensors, ending
-        self._converted: dict[str, np.ndarray] = {}
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._converted:
-            tensor = self._tensors[name]
-            self._converted[name] = _to_numpy(bare(name) + self._ending, tensor)
-        return self._converted[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by all their names, and the buffers of the model's state."""
+    """Parameters under all their names, and the buffers in the model's state_dict."""
     kept = model.state_dict().keys()
     buffers = model.named_buffers(remove_duplicate=False)
     return {
@@ -95,8 +71,8 @@ def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Source:
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
-            f"`model` must be a torch.nn.Module, got {kind_of(model)}; for "
-            "state_dicts there is from_torch_checkpoint"
+            f"`model` must be a torch.nn.Module, got {kind_of(model)}; "
+            "from_torch_checkpoint takes state_dicts"
         )
     _check_class(optimizer)
     names: dict[Any, str] = {}
@@ -106,7 +82,7 @@ def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Source:
     def name_of(parameter: Any) -> str:
         if not isinstance(parameter, torch.Tensor) or parameter not in names:
             raise ValueError(
-                "`model` must hold the optimizer's parameters, but lacks "
+                "`model` must have the optimizer's parameters, but lacks "
                 f"{one_parameter(parameter)}; give the model that it trains"
             )
         return names[parameter]
@@ -126,8 +102,8 @@ def read_checkpoint(
     for argument, value in (("model", model), ("optimizer", optimizer)):
         if not isinstance(value, Mapping):
             raise TypeError(
-                f"`{argument}` must be a state_dict, got {kind_of(value)}; for "
-                "live ones there is from_torch"
+                f"`{argument}` must be a state_dict, got {kind_of(value)}; "
+                "from_torch takes live objects"
             )
     tensors = tensors_in(model)
     if not {"state", "param_groups"} <= optimizer.keys():
@@ -175,66 +151,70 @@ def _source(
     name_of: Callable[[Any], str],
     frozen: Collection[str] = (),
 ) -> Source:
-    """Put together what both kinds of reading give."""
-    labels = dict.fromkeys(tensors, FROZEN)
-    members: dict[str, str] = {}
-    slots: dict[str, Mapping[str, np.ndarray]] = {}
-    carried = {}
+    """Put together what was read from a live run or from a checkpoint."""
+    weights = {
+        name: Weight(_shape(tensor), lazy(_to_numpy, bare(name), tensor))
+        for name, tensor in tensors.items()
+    }
+    read_groups = {}
     owned: set[Any] = set()
     for number, group in enumerate(groups):
         label = str(number)
-        of_group = {}
+        group_states = {}
         for parameter in group["params"]:
             name = name_of(parameter)
-            if name in members:
+            if (other := weights[name].group) is not None:
                 raise ValueError(
                     f"`optimizer` must have `{bare(name)}` once, got it in group "
-                    f"{members[name]} and again in group {label}; take it out of one"
+                    f"{other} and again in group {label}; take it out of one"
                 )
-            members[name] = label
-            of_group[name] = states.get(parameter)
+            weights[name] = weights[name]._replace(group=label)
+            group_states[name] = states.get(parameter)
             owned.add(parameter)
-        steps = [_step(name, state) for name, state in of_group.items() if state]
-        carried[label] = _group(label, group, max(steps, default=0))
-        for name, state in of_group.items():
-            if name in frozen or not (state or not carried[label].step):
-                continue
-            labels[name] = label
-            if state:
-                found = {slot: state[slot] for slot in SLOTS if slot in state}
-                slots[name] = _Arrays(found, f" of {bare(name)}")
+        steps = [_step(name, state) for name, state in group_states.items() if state]
+        step = max(steps, default=0)
+        read_groups[label] = _group(label, group, step)
+        for name, state in group_states.items():
+            # torch makes a state at the first gradient. A parameter without one, in a
+            # group that has made updates, does not train.
+            if name not in frozen and (state or not step):
+                weights[name] = weights[name]._replace(
+                    trained=True, slots=_slots(name, state) if state else None
+                )
     if foreign := states.keys() - owned:
         raise ValueError(
             "`optimizer` must have a state for its own parameters only, got one for "
             f"{some(map(one_parameter, foreign))}, which no group has"
         )
-    tied = _tied(tensors, labels)
-    once = {name: tensor for name, tensor in tensors.items() if name not in tied}
-    return Source(
-        _Arrays(once),
-        {name: _shape(tensor) for name, tensor in once.items()},
-        tied,
-        carried,
-        {name: labels[name] for name in once},
-        members,
-        slots,
-        overlaps(once),
-    )
+    tied = _tied(tensors, weights)
+    for name in tied:
+        del weights[name]
+    shared = overlaps({name: tensors[name] for name in weights})
+    return Source(weights, read_groups, tied, shared)
+
+
+def _slots(name: str, state: Mapping[str, Any]) -> dict[str, LazyArray]:
+    return {
+        slot: lazy(_to_numpy, f"{slot} of {bare(name)}", state[slot])
+        for slot in SLOTS
+        if slot in state
+    }
 
 
 def _tied(
-    tensors: Mapping[str, torch.Tensor], labels: Mapping[str, str]
+    tensors: Mapping[str, torch.Tensor], weights: Mapping[str, Weight]
 ) -> dict[str, str]:
-    """Further names of tensors in the same memory, and the name that stands for them.
+    """Further names of tensors in the same memory, each with the name that is kept.
 
-    It is that of the one that is trained, which has the slots, or else the first.
+    The tensor's kept name is the one that is trained, because it has the slots, or else
+    the first.
     """
     alike = collections.defaultdict(list)
     for name, tensor in tensors.items():
-        alike[place(tensor)].append(name)
+        alike[address(tensor)].append(name)
     tied: dict[str, str] = {}
     for names in alike.values():
-        trained = [name for name in names if labels[name] != FROZEN]
+        trained = [name for name in names if weights[name].trained]
         if len(trained) > 1:
             raise ValueError(
                 "`optimizer` must train a parameter once, but "
@@ -242,13 +222,13 @@ def _tied(
                 "which it moves by averages of each; make them one parameter in torch "
                 "(a.weight = b.weight) that the optimizer has once"
             )
-        first = (trained or names)[0]
-        tied |= {name: first for name in names if name != first}
+        kept = (trained or names)[0]
+        tied |= {name: kept for name in names if name != kept}
     return tied
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Empty where there is no plain one; such a tensor cannot be carried anyway."""
+    """The shape, or () for a tensor without one, which cannot be carried anyway."""
     reason = problem(tensor)
     has_shape = reason is None or tensor.is_meta or tensor.is_sparse
     return tuple(tensor.shape) if has_shape else ()
@@ -277,7 +257,7 @@ def _group(label: str, group: Mapping[str, Any], step: int) -> Group:
             f"{some(others)}; its state means something else"
         )
     dialect = "timm" if "lr_in_momentum" in group else "torch"
-    defaults = OF_TIMM if dialect == "timm" else OF_TORCH
+    defaults = TIMM_DEFAULTS if dialect == "timm" else TORCH_DEFAULTS
     options = {name: group.get(name, default) for name, default in defaults.items()}
     options["lr"] = group["lr"]
     if options.get("corrected_weight_decay"):
@@ -294,7 +274,7 @@ def _group(label: str, group: Mapping[str, Any], step: int) -> Group:
 
 
 def _to_numpy(name: str, tensor: torch.Tensor) -> np.ndarray:
-    """Without a copy on the CPU: torch goes on writing into it."""
+    """A tensor's values, on the CPU without a copy: torch may still write into them."""
     import torch
 
     check_tensor(name, tensor)

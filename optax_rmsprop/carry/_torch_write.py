@@ -1,4 +1,4 @@
-"""Writing a run into torch's objects: all of it, or nothing."""
+"""Write a run into torch's objects, either completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_rmsprop._errors import bare, short
-from optax_rmsprop.carry._back import WayBack
+from optax_rmsprop.carry._back import SourceArrays
 from optax_rmsprop.carry._torch_memory import overlaps_itself
 from optax_rmsprop.carry._torch_read import tensors_of
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 
 def write(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, way: WayBack
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, carried: SourceArrays
 ) -> None:
     """Copy parameters, buffers and slots into torch's objects.
 
-    What can be known to fail is found before anything is written. If a write fails all
-    the same, what was written gets its old values again. The optimizer's state is built
-    beside the old one and takes its place at the end.
+    Tensors that torch refuses to write are found before anything is written. If a write
+    fails nevertheless, the old values are restored. The optimizer's new state is built
+    beside the old one, and replaces it at the end.
     """
     import torch
 
     targets = tensors_of(model)
     with torch.no_grad():
-        for name in way.written:
+        for name in carried.names:
             _check_target(name, targets[name])
-        old_state, state = optimizer.state, _state(targets, optimizer, way)
+        old_state, state = optimizer.state, _state(targets, optimizer, carried)
         old: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
-            for name, array in way.arrays():
+            for name, array in carried.arrays():
                 target = targets[name]
                 old.append((target, target.detach().clone()))
                 target.copy_(_to_tensor(array))
@@ -45,7 +45,7 @@ def write(
         except BaseException:
             optimizer.state = old_state
             for target, values in old:
-                # A tensor that refuses this has refused to be written before.
+                # A tensor that raises here has raised before it was written.
                 with contextlib.suppress(Exception):
                     target.copy_(values)
             raise
@@ -55,11 +55,11 @@ def _check_target(name: str, target: torch.Tensor) -> None:
     """Refuse a tensor that cannot be written."""
     if overlaps_itself(target):
         raise ValueError(
-            f"`{bare(name)}` must have a place in memory for each element, got one "
+            f"`{bare(name)}` must have memory of its own for each element, got one "
             "that is expanded; clone it in torch"
         )
     try:
-        target.copy_(target.detach())  # its own values, so that nothing changes
+        target.copy_(target.detach())  # its own values: nothing changes
     except MemoryError:
         raise
     except Exception as error:
@@ -71,22 +71,24 @@ def _check_target(name: str, target: torch.Tensor) -> None:
 
 
 def _state(
-    targets: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, way: WayBack
+    targets: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    carried: SourceArrays,
 ) -> Any:
-    """The optimizer's state with the run's steps and slots, beside the old one."""
+    """A new state for the optimizer, with the run's steps and slots."""
     import torch
 
-    # Where the number of steps is kept on the parameter's device.
+    # torch keeps the steps of these parameters on their device, all others on the CPU.
     capturable = {
         p for g in optimizer.param_groups if g.get("capturable") for p in g["params"]
     }
     state: Any = copy.copy(optimizer.state)
-    for name in way.unstepped:
+    for name in carried.without_state:
         state.pop(targets[name], None)
     own: dict[torch.Tensor, dict[str, Any]] = {}
-    # Tensors made in inference mode could not be updated outside of it.
+    # torch refuses to update tensors made in inference mode outside of it.
     with torch.inference_mode(False):
-        for name, step, slot, array in way.slots():
+        for name, step, slot, array in carried.slots():
             parameter = targets[name]
             if parameter not in own:
                 device = parameter.device if parameter in capturable else "cpu"
@@ -99,7 +101,7 @@ def _state(
 
 
 def _step(step: int, device: Any) -> torch.Tensor:
-    """In torch's dtype for it, or in one that holds it."""
+    """The step in float32, as torch has it, or in float64 if float32 would round it."""
     import torch
 
     is_exact = float(np.float32(step)) == step
@@ -108,7 +110,7 @@ def _step(step: int, device: Any) -> torch.Tensor:
 
 
 def _to_tensor(array: np.ndarray) -> torch.Tensor:
-    """A tensor over the array's own memory: no one else may use the array."""
+    """A tensor that shares the array's memory: the array must not be used any more."""
     import torch
 
     if array.dtype == jnp.bfloat16:

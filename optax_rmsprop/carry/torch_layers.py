@@ -12,8 +12,8 @@ and returns that layer's parameters as Flax Linen and NNX call them:
             "head": torch_layers.linear(weights, "classifier"),
         }
 
-They only move elements. Layers without a bias (or without affine parameters) come out
-without one. What is not a parameter must be set in Flax by hand:
+They only move elements. A layer without a bias (or without affine parameters) has none
+in Flax either. Options that are not parameters must be set in Flax by hand:
 
 torch | Flax
 ---|---
@@ -23,13 +23,14 @@ LayerNorm over several dimensions | reduction_axes and feature_axes, both
 momentum=0.1 of BatchNorm | momentum=0.9; 0.99 by default
 padding=n of a convolution, 0 by default | padding=n; "SAME" by default
 groups of a convolution | feature_group_count
-padding=n of a transposed one | padding=dilation * (kernel - 1) - n, before and after;
-output_padding | so much more after
+padding=n of a transposed one | padding=dilation * (kernel - 1) - n, before and after
+output_padding=m of it | m more after
 batch_first=False of LSTM and GRU, the default | time_major=True of RNN
-padding_idx of Embedding, whose row has no gradient | a gradient of 0 there, by hand
+padding_idx of Embedding, whose row has no gradient | a gradient of 0 for that row
 
-BatchNorm's running variance is that of a sample (divided by n - 1) in torch, and of the
-population (by n) in Flax: carried, it is the other's until training renews it.
+BatchNorm's running variance is the variance of a sample (divided by n - 1) in torch,
+and of the population (by n) in Flax. So the carried one is slightly too large for Flax
+until training has replaced it.
 """
 
 from __future__ import annotations  # so that help() shows these types by name
@@ -84,7 +85,7 @@ def linear(
 def conv(weights: Weights, name: str) -> dict[str, np.ndarray]:
     """`torch.nn.Conv1d`, 2d, 3d as `Conv`: (out, in, ...) becomes (..., in, out).
 
-    Of a grouped convolution, in is that of one group in both.
+    In a grouped convolution both count the input channels of one group.
     """
     kernel = np.moveaxis(_at(weights, name, "weight"), (0, 1), (-1, -2))
     return _layer(weights, name, kernel=kernel)
@@ -95,12 +96,13 @@ def conv_transpose(
 ) -> dict[str, np.ndarray]:
     """`torch.nn.ConvTranspose1d`, 2d, 3d as `ConvTranspose`, which flips no kernel.
 
-    (in, out, ...) becomes (..., in, out), reversed in space. Flax's has no groups. With
-    them this is for `Conv` with input_dilation=stride, feature_group_count=groups and
-    the padding of a transposed convolution: the same function.
+    (in, out, ...) becomes (..., in, out), reversed in space. Flax's layer has no
+    groups. With groups, the kernel is for `Conv` with input_dilation=stride,
+    feature_group_count=groups and the padding of a transposed convolution, which is the
+    same function.
 
     Raises:
-      ValueError: groups that are not torch's, where the bias tells.
+      ValueError: the bias shows that torch has another number of groups.
     """
     weight = _at(weights, name, "weight")
     n_in, n_out, *size = weight.shape
@@ -122,9 +124,9 @@ def embedding(weights: Weights, name: str) -> dict[str, np.ndarray]:
 
 
 def norm(weights: Weights, name: str) -> dict[str, np.ndarray]:
-    """`torch.nn.BatchNorm1d`, 2d, 3d, LayerNorm, GroupNorm: what of them is trained.
+    """Trained parameters of `torch.nn.BatchNorm1d`, 2d, 3d, LayerNorm or GroupNorm.
 
-    Without affine parameters there is nothing to port.
+    A layer without affine parameters has nothing to port.
     """
     return _layer(weights, name, scale=_at(weights, name, "weight"))
 
@@ -144,17 +146,17 @@ def lstm(
 ) -> dict[str, Any]:
     """A layer of `torch.nn.LSTM` as Linen's `LSTMCell` or `OptimizedLSTMCell`.
 
-    torch has two biases a gate, where Flax has one. Both are kept, because each takes
-    steps of its own: ii, if, ig, io have one too. Inside the loss give `one_bias(...)`
-    of this to Flax.
+    torch has two biases for each gate, and Flax has one. Both are kept, because each
+    takes steps of its own. So ii, if, ig and io have a bias, too. In the loss, give
+    Flax `one_bias(...)` of the result.
 
     Args:
       weights, name: torch's arrays, and the name of the LSTM.
-      layer: which of its layers, from 0.
-      reverse: whether that of the other direction, in a bidirectional one.
+      layer: the number of the layer in the LSTM, from 0.
+      reverse: True for the backward direction of a bidirectional LSTM.
 
     Raises:
-      ValueError: an LSTM with proj_size, which Flax does not have.
+      ValueError: the LSTM has proj_size, which Flax does not have.
     """
     return _gates(weights, name, layer, reverse, "lstm")
 
@@ -164,7 +166,7 @@ def gru(
 ) -> dict[str, Any]:
     """A layer of `torch.nn.GRU` as Linen's `GRUCell`; see `lstm`.
 
-    In ir and iz Flax has one bias where torch has two, in `in` and hn both.
+    In Flax, ir and iz have one bias where torch has two; `in` and hn have both.
     """
     return _gates(weights, name, layer, reverse, "gru")
 
@@ -172,9 +174,9 @@ def gru(
 def one_bias(cell: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of an `lstm` or `gru` as Linen's cells take them.
 
-    Where torch has two biases and Flax one, it is their sum. Call it inside the loss:
-    then each of the two gets the gradient, and the step, that it gets in torch. Where
-    torch has none (bias=False), Flax gets 0, which is not trained.
+    Two biases of torch are added to one for Flax. Call this inside the loss: then each
+    of the two gets the gradient, and the step, that it gets in torch. If torch has none
+    (bias=False), Flax gets 0, which is not trained.
     """
     is_lstm = "ii" in cell
     layers = {}
@@ -182,8 +184,10 @@ def one_bias(cell: Mapping[str, Any]) -> dict[str, Any]:
         no_bias = np.zeros(layer["kernel"].shape[-1], layer["kernel"].dtype)
         layers[key] = {"bias": no_bias, **layer}
     for gate in GATES["lstm"] if is_lstm else "rz":
-        of_input, hidden = layers["i" + gate], layers["h" + gate]
-        keeps, loses = (hidden, of_input) if is_lstm else (of_input, hidden)
+        from_input, from_state = layers["i" + gate], layers["h" + gate]
+        keeps, loses = from_state, from_input
+        if not is_lstm:
+            keeps, loses = from_input, from_state
         keeps["bias"] = keeps["bias"] + loses.pop("bias")
     return layers
 
@@ -193,8 +197,7 @@ def nnx_lstm(
 ) -> dict[str, Any]:
     """A layer of `torch.nn.LSTM` as an `nnx.LSTMCell` with `both_biases`; see `lstm`.
 
-    Of an `nnx.OptimizedLSTMCell` the parameters are called otherwise: there use
-    `nnx_fused`.
+    The parameters of an `nnx.OptimizedLSTMCell` have other names: see `nnx_fused`.
     """
     gates = lstm(weights, name, layer, reverse)
     return {{"if": "if_"}.get(key, key): gate for key, gate in gates.items()}
@@ -203,9 +206,9 @@ def nnx_lstm(
 def nnx_fused(
     weights: Weights, name: str, layer: int = 0, reverse: bool = False
 ) -> dict[str, Any]:
-    """A layer of `torch.nn.GRU` as an `nnx.GRUCell` with `both_biases`.
+    """A layer of `torch.nn.GRU` or LSTM as an `nnx.GRUCell` or `nnx.OptimizedLSTMCell`.
 
-    Or one of `torch.nn.LSTM` as an `nnx.OptimizedLSTMCell` with them.
+    Give both biases to the cell with `both_biases`.
     """
     _check_cell(weights, name, "gru", "lstm")
     return {
@@ -218,13 +221,13 @@ def nnx_fused(
 
 
 def both_biases(cell: nnx.Module) -> nnx.Module:
-    """Give the linear layers of an NNX cell the bias that they lack, and return it.
+    """Give each linear layer of an NNX cell a bias, if it has none; return the cell.
 
-    Flax has one bias where torch has two, which are added; and in `nnx.GRUCell` one of
-    the two is not there. With them, at first 0, the cell trains as torch's does.
+    torch has two biases for each gate, and NNX has only one of them. With the other,
+    which is 0 at first, the cell trains as torch's does.
 
     Raises:
-      TypeError: something without linear layers of its own, such as an `nnx.RNN`.
+      TypeError: the cell has no linear layers of its own, as an `nnx.RNN`.
     """
     from flax import nnx
 
@@ -249,16 +252,16 @@ def _at(weights: Weights, layer: str, kind: str) -> np.ndarray:
     return weights[_name(layer, kind)]
 
 
-def _layer(weights: Weights, name: str, **of_weight: Any) -> dict[str, np.ndarray]:
-    """With the bias, if there is one."""
+def _layer(weights: Weights, name: str, **from_weight: Any) -> dict[str, np.ndarray]:
+    """The layer's arrays, with its bias if it has one."""
     bias = _name(name, "bias")
-    return of_weight | ({"bias": weights[bias]} if bias in weights else {})
+    return from_weight | ({"bias": weights[bias]} if bias in weights else {})
 
 
 def _recurrent(
     weights: Weights, name: str, side: str, layer: int, reverse: bool
 ) -> dict[str, np.ndarray]:
-    """Kernel (transposed) and bias of all gates, from the input (ih) or state (hh)."""
+    """torch's weight and bias of all gates, from the input (ih) or the state (hh)."""
     suffix = f"{side}_l{layer}{'_reverse' if reverse else ''}"
     found = {"kernel": _at(weights, name, f"weight_{suffix}")}
     if _name(name, f"bias_{suffix}") in weights:
@@ -281,7 +284,7 @@ def _gates(
 
 
 def _check_cell(weights: Weights, name: str, *kinds: str) -> None:
-    """Refuse a projection, and the weights of another class."""
+    """Refuse an LSTM with a projection, and the weights of another class."""
     projection = _name(name, "weight_hr_l0")
     if projection in weights:
         raise ValueError(

@@ -187,7 +187,7 @@ def long_half(paths, slots):
 OF_LONG = {
     "a path of its own": long_half(2 * LONG_PATHS, []),
     "differ in more than / and _": long_half(LONG_PATHS, 2 * LONG_PATHS),
-    "hold the optimizer's variables": long_half(
+    "have the optimizer's variables": long_half(
         ["short"], [path.replace("/", "_") for path in LONG_PATHS]
     ),
 }

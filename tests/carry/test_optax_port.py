@@ -343,6 +343,13 @@ REFUSED = [
         r"`tx` must keep .* same order.*ScheduleState, TraceState, got .* inside the m",
     ),
     (
+        optax.chain(OUTSIDE, TRACE, SLOWER, optax.scale(-1.0)),
+        dialects.optax(**FALLING),
+        {},
+        ValueError,
+        r"`tx` must keep .* got ScaleByRmsState, ScaleByScheduleState, TraceState; ",
+    ),
+    (
         optax.adam(0.01),
         OURS,
         {"count": HALF},

@@ -141,11 +141,11 @@ UNWRITABLE = {
     "refuses": (lambda: refusing(0), ValueError, "that torch can write, .*: read-only"),
     "refuses later": (lambda: refusing(1), NotImplementedError, "read-only"),
     "inference": (inferred, ValueError, "`z` must be .* that torch can write, .*Infer"),
-    "expanded": (lambda: torch.ones(1).expand(2), ValueError, "`z` must have a place"),
+    "expanded": (lambda: torch.ones(1).expand(2), ValueError, "`z` must have memory"),
     "windows": (
         lambda: torch.ones(4).unfold(0, 2, 1),
         ValueError,
-        "`z` must have a place in memory for each element",
+        "`z` must have memory of its own for each element",
     ),
 }
 

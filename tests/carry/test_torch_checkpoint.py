@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
-from optax_rmsprop import from_torch, from_torch_checkpoint, to_torch
+from optax_rmsprop import from_torch, from_torch_checkpoint, scale_by_rms, to_torch
+from optax_rmsprop.optimizer import ScaledTraceState
 
 RECORDED = Path(__file__).parent.parent / "peers" / "recorded"
 
@@ -165,7 +166,7 @@ def bad_checkpoints():
     yield (
         spoil(names=["bias", "weight"]),
         ValueError,
-        r"square_avg of `bias` must have its parameter's shape \(2,\), got \(2, 3\)",
+        r"square_avg of `weight` must have its parameter's shape \(2, 3\), got \(2,\)",
     )
     yield spoil(of_adam), TypeError, "must be an RMSprop, .* options .*betas"
     yield spoil(other_shape), ValueError, r"square_avg of `bias` .* \(2,\), got \(3,\)"
@@ -396,6 +397,41 @@ def test_a_buffer_with_learning_rates_inside_goes_to_no_optimizer_without():
     run = from_torch(*outside, port)
     with pytest.raises(ValueError, match="inside the momentum buffer, got it outside"):
         to_torch(run.params, run.opt_state, *inside, port)
+
+
+def test_a_plain_buffer_elsewhere_in_a_chain_is_refused():
+    """As in a chain of the user's own, or in a state pickled by older versions."""
+    inside = live_timm(with_options(momentum=0.9, centered=False))
+    params, _, (average, rate, trace, *rest) = from_torch(*inside, port)
+    assert isinstance(trace, ScaledTraceState)
+    plain = optax.TraceState(*trace)
+    says = r"whether its momentum buffer has the learning rate inside, got .* at \[2\]"
+    for run in (inside, trained(momentum=0.9)):
+        with pytest.raises(ValueError, match=says):
+            to_torch(params, (average, rate, plain, *rest), *run, port)
+    before = (plain, average, rate, *rest)
+    with pytest.raises(ValueError, match=r"has the learning rate inside, got .*\[0\]"):
+        to_torch(params, before, *trained(momentum=0.9), port)
+    # The remedy that the message names.
+    told = (average, rate, ScaledTraceState(*plain), *rest)
+    to_torch(params, told, *inside, port)
+
+
+def test_a_chain_of_ones_own_whose_buffer_has_no_learning_rate():
+    model, optimizer = trained(momentum=0.9)
+    params, _, state = from_torch(model, optimizer, port)
+    own = optax.chain(
+        optax.clip(1.0),
+        scale_by_rms(0.99),
+        optax.trace(0.9),
+        optax.scale_by_learning_rate(0.01),
+    )
+    state = (optax.EmptyState(), *state)
+    assert jax.tree.structure(state) == jax.tree.structure(own.init(params))
+    buffer = optimizer.state[model.bias]["momentum_buffer"].clone()
+    optimizer.state.clear()
+    to_torch(params, state, model, optimizer, port)
+    assert torch.equal(optimizer.state[model.bias]["momentum_buffer"], buffer)
 
 
 def test_timm_with_caution_is_refused():

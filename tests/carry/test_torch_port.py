@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optax_rmsprop import from_torch, to_torch
-from optax_rmsprop.carry._port import Correspondence
+from optax_rmsprop.carry._back import SourceArrays
+from optax_rmsprop.carry._port import ProbedPort, _joined
+from optax_rmsprop.carry._torch_read import read
 
 STEPS = 10
 # Relative to the largest value of an array. Observed: 4e-16 and 4e-7.
@@ -324,7 +326,7 @@ BAD_PORTS = {
         r"only move .*\['z'\]",
     ),
     "repeats": (lambda w: linear_port(w) | {"b": w["bias"]}, "bias twice; leave out"),
-    "drops": (lambda w: {"w": w["weight"]}, "drops some of bias; let its tree hold"),
+    "drops": (lambda w: {"w": w["weight"]}, "drops some of bias; keep them in its"),
     "drops a part": (
         lambda w: {"w": w["weight"][:1], "b": w["bias"]},
         "drops some of weight",
@@ -382,7 +384,7 @@ def test_another_optimizer():
 
 def test_a_model_without_the_parameters():
     _, optimizer = linear_run()
-    with pytest.raises(ValueError, match=r"`model` must hold .* of shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"`model` must have .* of shape \(2, 3\)"):
         from_torch(torch.nn.Linear(3, 2), optimizer, linear_port)
 
 
@@ -460,33 +462,80 @@ def random_port(seed, shapes):
 def test_the_way_back_of_any_port_is_exact(seed, shapes):
     shapes = {f"w{i}": shape for i, shape in enumerate(shapes)}
     port = random_port(seed, shapes)
-    places = Correspondence(port, shapes, shapes)
+    probed = ProbedPort(port, shapes, shapes)
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(size=shape) for name, shape in shapes.items()}
-    numbers = range(len(places.paths))
-    leaves = [places.gather(number, arrays.__getitem__) for number in numbers]
+    numbers = range(len(probed.paths))
+    leaves = [probed.assemble(number, arrays.__getitem__) for number in numbers]
     for leaf, expected in zip(leaves, jax.tree.leaves(port(arrays)), strict=True):
         np.testing.assert_array_equal(leaf, expected)
-    back = dict(places.bring_back(places.unflatten(leaves)))
+    back = dict(probed.disassemble(probed.unflatten(leaves)))
     for name, array in arrays.items():
         if array.size:
             np.testing.assert_array_equal(back[name], array)
 
 
-def test_places_beyond_the_integers_of_float32():
+def test_indices_beyond_the_integers_of_float32():
     shapes = {"big": (2**24 + 3,), "small": (5,)}
 
     def port(weights):
         return {"all": np.concatenate([weights["small"], weights["big"]])}
 
-    places = Correspondence(port, shapes, shapes)
+    probed = ProbedPort(port, shapes, shapes)
     arrays = {
         "big": np.arange(2**24 + 3, dtype=np.int32),
         "small": np.arange(5, dtype=np.int32),
     }
-    back = dict(places.bring_back(port(arrays)))
+    back = dict(probed.disassemble(port(arrays)))
     for name, array in arrays.items():
         np.testing.assert_array_equal(back[name], array)
+
+
+@pytest.mark.parametrize("high", [127, 128, 200])
+def test_indices_beyond_the_integers_of_int32(high):
+    indices = _joined(np.array([3, -1, 0], np.int32), np.array([high, 1, 0], np.int32))
+    assert indices.tolist() == [high * 2**24 + 3, -1, 0]
+
+
+def test_the_example_of_port_py():
+    def port(weights):
+        return {"w": np.concatenate([weights["a"].T, weights["b"][:, None]], axis=1)}
+
+    probed = ProbedPort(port, {"a": (2, 3), "b": (3,)}, ["a", "b"])
+    arrays = {"a": np.arange(6).reshape(2, 3), "b": np.arange(6, 9)}
+    leaf = probed.assemble(0, arrays.__getitem__)
+    assert leaf.tolist() == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    back = {name: array.tolist() for name, array in probed.disassemble({"w": leaf})}
+    assert back == {"a": [[0, 1, 2], [3, 4, 5]], "b": [6, 7, 8]}
+
+
+def test_the_example_of_run_py_and_back_py():
+    def port(weights):
+        return {"kernel": weights["weight"].T}
+
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.RMSprop(model.parameters(), momentum=0.9, centered=True)
+    with torch.no_grad():
+        model.weight[:] = torch.tensor([[5.0, 6.0]])
+    slots = {
+        "grad_avg": [[1.0, 2.0]],
+        "square_avg": [[3.0, 4.0]],
+        "momentum_buffer": [[7.0, 8.0]],
+    }
+    state = {slot: torch.tensor(values) for slot, values in slots.items()}
+    optimizer.state[model.weight] = {"step": torch.tensor(3.0), **state}
+    run = from_torch(model, optimizer, port)
+    assert run.params["kernel"].tolist() == [[5], [6]]
+    average, trace, *_ = run.opt_state
+    assert average.count == 3
+    assert average.mu["kernel"].tolist() == [[1], [2]]
+    assert average.var["kernel"].tolist() == [[2], [0]]
+    assert trace.trace["kernel"].tolist() == [[7], [8]]
+    back = SourceArrays(run.params, run.opt_state, read(model, optimizer), port)
+    assert [(name, a.tolist()) for name, a in back.arrays()] == [("weight", [[5, 6]])]
+    assert [(*rest, array.tolist()) for *rest, array in back.slots()] == [
+        ("weight", 3, slot, values) for slot, values in slots.items()
+    ]
 
 
 def test_half_a_buffer_is_not_brought_back():
@@ -650,7 +699,7 @@ def unlike(model):
     )
     yield torch.optim.RMSprop([weight, bias]), "have the optimizer's groups 0, got 0, 1"
     outside = [{"params": [weight]}, {"params": [torch.nn.Parameter(bias.clone())]}]
-    yield torch.optim.RMSprop(outside), "`model` must hold the optimizer's parameters"
+    yield torch.optim.RMSprop(outside), "`model` must have the optimizer's parameters"
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -703,7 +752,7 @@ def test_an_expanded_buffer_writes_nothing():
     run = from_torch(model, optimizer, dict)
     before = everything(model, optimizer)
     params = jax.tree.map(lambda p: p + 1, run.params)
-    with pytest.raises(ValueError, match="`wide` must have a place in memory for each"):
+    with pytest.raises(ValueError, match="`wide` must have memory of its own for each"):
         to_torch(params, run.opt_state, model, optimizer, dict)
     assert largest_difference(everything(model, optimizer), before) == 0
 
