@@ -49,7 +49,7 @@ def each_leaf(
 
 def checked(
     inner: optax.GradientTransformation, needs_params: str | None = None
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """Check the trees that a part, or a chain of parts, is given.
 
     Its updates are cast to the gradient's dtype, or to one that has the precision of
@@ -65,10 +65,9 @@ def checked(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
-        **_: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         nonlocal types
-        if types is None:  # so that no array is made before the first update
+        if types is None:  # not earlier: building an optimizer makes no array
             types = _errors.state_types(jax.eval_shape(inner.init, ()))
         _errors.same_state(state, types)
         if needs_params and params is None:
@@ -85,7 +84,7 @@ def checked(
         new_updates, state = inner.update(updates, state, params)
         return jax.tree.map(_cast_back, new_updates, updates, params), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def _where_given(g: Any, p: Any) -> Any:

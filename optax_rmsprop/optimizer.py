@@ -191,7 +191,8 @@ def rmsprop(
         parts.append(optax.scale(-1.0))
     else:
         parts.append(optax.scale_by_learning_rate(learning_rate))
-    return checked(optax.chain(*parts), needs_params="weight_decay" if decays else None)
+    tx = checked(optax.chain(*parts), needs_params="weight_decay" if decays else None)
+    return optax.with_extra_args_support(tx)
 
 
 def _checked_mask(value: Any) -> Callable[[Any], Any] | None:
@@ -210,7 +211,7 @@ def _checked_mask(value: Any) -> Callable[[Any], Any] | None:
         remedy = _errors.STATIC_ARGS.format("weight_decay_mask")
         _check_booleans(value, alone=False, remedy=remedy)
 
-    def checked(params: Any) -> Any:
+    def mask_of(params: Any) -> Any:
         tree = value(params) if is_function else value
         _check_booleans(tree)
         structure = jax.tree.structure(tree)
@@ -229,7 +230,7 @@ def _checked_mask(value: Any) -> Callable[[Any], Any] | None:
             )
         return tree
 
-    return checked
+    return mask_of
 
 
 def _check_booleans(tree: Any, *, alone: bool = True, remedy: str = "") -> None:
@@ -273,8 +274,9 @@ def _momentum_leaf(
 ) -> tuple[jax.Array, ...]:
     def update(u: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
         momentum = jnp.asarray(decay, b.dtype)
-        b = momentum * b + u
-        return momentum * b + u if nesterov else b, b
+        # In optax's order, in which XLA rounds as it does for optax.trace.
+        b = u + momentum * b
+        return u + momentum * b if nesterov else b, b
 
     return by_parts(update, cast(u, b.dtype), b)
 
@@ -306,9 +308,9 @@ def _decay_weights(
     # optax.masked would call the mask with gradients. Here it gets the parameters.
 
     def masked_init_fn(params: optax.Params) -> optax.OptState:
-        # The empty tree is that of `checked`, which wants to know the state's types.
-        given = mask(params) if jax.tree.leaves(params) else True
-        return optax.masked(unmasked, given).init(params)
+        # `checked` calls this with () to learn the state's types, which fits no mask.
+        for_types = type(params) is tuple and not params
+        return optax.masked(unmasked, True if for_types else mask).init(params)
 
     def masked_update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params

@@ -352,7 +352,7 @@ def _averaging_weights(
     """The weights (d, a) of the old average and of the new value at update `count`.
 
     They are decay and 1 - decay. The latter is formed before it is rounded to the
-    state's dtype: 1 - float32(0.999) is off by 5e-5. With bias correction they are
+    state's dtype: 1 - float32(0.999) is off by 1e-5. With bias correction they are
     a = (1 - decay)/(1 - decayᵗ) and d = 1 - a at update t, and expm1 avoids the
     cancellation in 1 - decayᵗ.
     """

@@ -107,12 +107,17 @@ def checked_slots(name: str, state: Any) -> list[Any]:
 def _plainly_belong(updates: Any, params: Any, slots: list[Any]) -> bool:
     """Whether all trees have one structure, and arrays that belong together.
 
-    This quick check is true of each correct update without None. It is false also
-    where only a closer look can tell.
+    True for the usual update, of JAX arrays alone. False may also mean that only the
+    slow checks can tell.
     """
+    if updates is None:  # all gradients forgotten, not an empty tree
+        return False
     given = [updates, *slots] if params is None else [updates, *slots, params]
     columns, structures = zip(*map(jax.tree.flatten, given), strict=True)
-    if any(structure != structures[0] for structure in structures):
+    try:
+        if any(structure != structures[0] for structure in structures):
+            return False
+    except ValueError:  # a node's metadata cannot be compared
         return False
     for row in zip(*columns, strict=True):
         if not all(isinstance(leaf, jax.Array) for leaf in row):

@@ -91,8 +91,10 @@ def every_copy(patch, fail_at):
 # rehearsed and written.
 @pytest.mark.parametrize(
     ("inject", "least", "steps"),
-    [(every_call, 100, 2), (every_copy, 16, 0)],
-    ids=["call", "copy"],
+    [
+        pytest.param(every_call, 100, 2, id="call", marks=pytest.mark.slow),
+        pytest.param(every_copy, 16, 0, id="copy"),
+    ],
 )
 def test_out_of_memory_anywhere(inject, least, steps):
     model, optimizer = torch_run(steps)

@@ -594,6 +594,48 @@ def test_a_real_state_for_complex_parameters():
         tx.update(p, tx.init(p.real), p)
 
 
+@pytest.mark.parametrize("make", [scale_by_rms, scale_by_stddev, rmsprop])
+def test_none_in_place_of_all_gradients_of_no_parameters(make):
+    tx = make()
+    with pytest.raises(ValueError, match=r"`updates` must .* missing the root"):
+        tx.update(None, tx.init(None))
+
+
+@pytest.mark.parametrize("make", [scale_by_rms, scale_by_stddev])
+def test_a_misspelt_argument_of_update(make):
+    tx = make()
+    with pytest.raises(TypeError, match="parms"):
+        tx.update(PARAMS, tx.init(PARAMS), parms=PARAMS)
+
+
+def test_a_mask_for_other_parameters_than_none_at_all():
+    tx = rmsprop(weight_decay=0.1, weight_decay_mask={"w": True})
+    with pytest.raises(ValueError, match=r"`weight_decay_mask` .* unexpected \['w'\]"):
+        tx.init({})
+
+
+@jax.tree_util.register_pytree_node_class
+class WithArrayInMetadata:
+    """JAX cannot compare two of them: the metadata's == is an array."""
+
+    def __init__(self, leaf, metadata):
+        self.leaf, self.metadata = leaf, metadata
+
+    def tree_flatten(self):
+        return (self.leaf,), self.metadata
+
+    @classmethod
+    def tree_unflatten(cls, metadata, leaves):
+        return cls(*leaves, metadata)
+
+
+def test_trees_that_cannot_be_compared():
+    one, other = (WithArrayInMetadata(jnp.ones(2), np.arange(n, n + 3)) for n in (0, 1))
+    tx = rmsprop()
+    with pytest.raises(ValueError, match="`updates` must have the structure"):
+        tx.update(other, tx.init(one))
+
+
 def test_a_count_of_a_scheduled_and_masked_weight_decay():
     tx = rmsprop(
         weight_decay=lambda count: 0.1, weight_decay_mask={"w": True, "b": False}

@@ -104,7 +104,8 @@ SHAPES = [
 RTOL = {"float32": 1e-5, "float64": 1e-13}
 
 
-@settings(derandomize=True, deadline=None, max_examples=120)
+@pytest.mark.slow
+@settings(derandomize=True, deadline=None, max_examples=200)
 @given(
     program=st.sampled_from(PROGRAMS),
     shape=st.sampled_from(SHAPES),

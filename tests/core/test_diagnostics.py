@@ -104,7 +104,9 @@ def test_a_dialect_is_read_with_its_own_numbers():
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(jnp.uint8, marks=pytest.mark.slow), jnp.bfloat16]
+)
 def test_a_compressed_state_is_read_as_it_is_kept(dtype):
     params = jnp.ones((64, 64))
     tx = compress_state(rmsprop(eps=1e-3), dtype)

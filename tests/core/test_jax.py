@@ -517,6 +517,7 @@ def test_derivatives_are_finite(case):
     assert np.isfinite(np.concatenate([np.ravel(leaf) for leaf in leaves])).all()
 
 
+@pytest.mark.slow
 def test_the_derivative_by_no_memory_is_finite():
     def second_update(decay):
         tx = scale_by_rms(decay, bias_correction=True)
@@ -537,7 +538,7 @@ def test_the_count_does_not_overflow():
 @pytest.mark.parametrize(
     "case",
     slow_but(
-        QUICK,
+        QUICK[::2],
         [c for c in COMBINATIONS if c["eps"] > 1e-3 or not starts_without_variance(c)],
     ),
 )

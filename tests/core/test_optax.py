@@ -555,6 +555,10 @@ CHAINS = {
         {"learning_rate": falling, "momentum": 0.8},
         [RMS, MOMENTUM, optax.scale_by_learning_rate(falling)],
     ),
+    "lr_in_momentum and nesterov": (
+        {"momentum": 0.8, "nesterov": True, "lr_in_momentum": True},
+        [RMS, optax.scale(1e-2), optax.trace(0.8, nesterov=True), optax.scale(-1.0)],
+    ),
     "lr_in_momentum": (
         {"learning_rate": falling, "momentum": 0.8, "lr_in_momentum": True},
         [RMS, optax.scale_by_schedule(falling), MOMENTUM, optax.scale(-1.0)],
@@ -566,7 +570,7 @@ CHAINS = {
 def test_chained_by_hand(options, transforms):
     run = arrays()
     options = {"learning_rate": 1e-2, "decay": 0.9, "eps": 1e-2} | options
-    ours = train(rmsprop(**options), *run)
-    by_hand = train(optax.chain(*transforms), *run)
+    ours = train_compiled(rmsprop(**options), *run)
+    by_hand = train_compiled(optax.chain(*transforms), *run)
     # Their types differ: only ours says that the learning rate is inside the buffer.
     chex.assert_trees_all_equal(*map(jax.tree.leaves, (ours, by_hand)))

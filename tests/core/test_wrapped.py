@@ -60,8 +60,7 @@ def cases():
 QUICK = {
     ("apply_if_finite", "centered"),
     ("MultiSteps", "everything"),
-    ("masked", "bfloat16"),
-    ("partition", "uint8"),
+    ("partition", "bfloat16"),
 }
 
 

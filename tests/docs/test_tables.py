@@ -16,6 +16,7 @@ def check(*options):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_pages_have_the_computed_tables():
     check()
 

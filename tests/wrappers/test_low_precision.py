@@ -29,8 +29,12 @@ SHAPES = {"matrix": (64, 48), "bias": (48,), "scalar": ()}
 DTYPES = ("bfloat16", "uint8")
 in_either = pytest.mark.parametrize("dtype", DTYPES)
 # For tests that compile several programs; codes are the more complex of the two.
+# Codes take several times as long to compile.
 in_codes_first = pytest.mark.parametrize(
     "dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "uint8"]
+)
+in_bfloat16_first = pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("uint8", marks=pytest.mark.slow)]
 )
 
 
@@ -119,8 +123,7 @@ DIALECTS = {
 
 # Every pair of programs takes seconds to compile.
 QUICK = {
-    ("everything", "uint8"),
-    ("momentum", "bfloat16"),
+    ("everything", "bfloat16"),
     ("partition", "bfloat16"),
     ("inject_hyperparams", "uint8"),
     ("three steps", "bfloat16"),
@@ -223,7 +226,7 @@ def test_empty_none_and_complex_leaves(dtype):
     tx.init({})
 
 
-@in_codes_first
+@in_bfloat16_first
 @pytest.mark.parametrize("name", ["everything", "two groups"])
 def test_traced_once_and_the_state_never_changes_its_kind(name, dtype):
     params, noise = problem()
@@ -239,7 +242,7 @@ def test_traced_once_and_the_state_never_changes_its_kind(name, dtype):
         assert new == kinds
 
 
-@in_codes_first
+@in_bfloat16_first
 def test_parameters_in_half_precision_and_in_float64(dtype, request):
     request.getfixturevalue("x64")
     for of_params in ("bfloat16", "float64"):
@@ -263,7 +266,7 @@ def test_arrays_that_have_no_more_bytes_are_left_alone():
     assert optax.tree.get(decompress_state(state), "trace").dtype == jnp.bfloat16
 
 
-@in_codes_first
+@in_bfloat16_first
 def test_the_same_seed_gives_the_same_bits_and_another_others(dtype):
     one, again, other = (
         train(compressed(R(momentum=0.9), dtype, seed=seed))[0]["matrix"]
@@ -273,7 +276,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_others(dtype):
     assert (one[-1] != other[-1]).mean() > 0.5
 
 
-@in_codes_first
+@in_bfloat16_first
 def test_a_pickled_state_goes_on_to_the_bit(dtype):
     params, noise = problem()
     tx = compressed(R(momentum=0.9), dtype)
@@ -404,7 +407,8 @@ def on_eight(dtype):
     return mesh, NamedSharding(mesh, ROWS), tx, params, params[None] + noise
 
 
-@in_codes_first
+@pytest.mark.slow
+@in_either
 def test_on_eight_devices_as_on_one(dtype):
     mesh, by_rows, tx, params, gradients = on_eight(dtype)
     step = jax.jit(stepper(tx))
