@@ -7,6 +7,7 @@ test, and takes a hundred times as long to build as an update takes without.
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,13 @@ def by_reference(params, gradients, **options):
     history = {name: np.stack([p for p, _ in run]) for name, run in runs.items()}
     last = {name: run[-1][1] for name, run in runs.items()}
     return history, {slot: {k: v[slot] for k, v in last.items()} for slot in ENTRIES}
+
+
+def make_mesh(sizes, **options):
+    """A mesh over the eight devices that conftest makes of a CPU."""
+    if math.prod(sizes.values()) > jax.device_count():
+        pytest.skip("needs 8 devices, and JAX has a GPU or TPU with fewer")
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), **options)
 
 
 def falling(count):

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import WRAPPERS, stepper
+from helpers import WRAPPERS, make_mesh, stepper
 from optax_rmsprop import (
     CompressedState,
     compress_state,
@@ -399,7 +399,7 @@ ROWS = P("data")
 
 def on_eight(dtype):
     """A mesh, its sharding by rows, a transformation, parameters, and gradients."""
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = make_mesh({"data": 8})
     tx = compress_state(rmsprop(0.01, 0.9, momentum=0.9), dtype, min_size=640)
     rng = np.random.default_rng(0)
     params = jnp.asarray(rng.normal(size=(64, 80)), jnp.float32)

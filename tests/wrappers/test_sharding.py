@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import WRAPPERS, slow_but, stepper
+from helpers import WRAPPERS, make_mesh, slow_but, stepper
 from optax_rmsprop import (
     check_state_shardings,
     compress_state,
@@ -369,7 +369,7 @@ def alone(kind):
 
 def mesh_of(sizes, mode):
     kinds = (getattr(AxisType, mode),) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+    return make_mesh(sizes, axis_types=kinds)
 
 
 def inside(mesh, mode):
