@@ -198,9 +198,9 @@ def rmsprop(
 def _checked_mask(value: Any) -> Callable[[Any], Any] | None:
     """Check a mask: None, a function, or a tree of booleans, but not one alone.
 
-    It comes back as a plain function, or None. optax would call a tree of booleans in
-    the form of an Equinox model, which is callable, and would take a
-    `jax.tree_util.Partial`, which is a tree without leaves, for a tree.
+    It comes back as a plain function, or None. A tree in the form of an Equinox model
+    is callable, but is not a function; a `jax.tree_util.Partial` is a tree without
+    leaves, but is a function.
     """
     if value is None:
         return None

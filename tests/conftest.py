@@ -8,7 +8,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # of which all but shardings use the first
 
 
-WITHOUT_TORCH = " (pip install -e '.[parity]' brings it)"
+# The extras that bring what a test may miss.
+EXTRAS = {
+    "torch": "parity",
+    "py_mini_racer": "browser",
+    "playwright": "browser",
+    "sphinx": "docs",
+}
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -16,8 +22,10 @@ def pytest_terminal_summary(terminalreporter):
     files = collections.defaultdict(set)
     for report in terminalreporter.stats.get("skipped", []):
         reason = str(report.longrepr[2]).removeprefix("Skipped: ")
-        if "'torch'" in reason:
-            reason += WITHOUT_TORCH
+        for module, extra in EXTRAS.items():
+            if f"'{module}" in reason:
+                reason += f" (pip install -e '.[{extra}]' brings it)"
+                break
         files[reason].add(report.nodeid.partition("::")[0])
     for reason, where in sorted(files.items()):
         terminalreporter.write_line(

@@ -213,6 +213,14 @@ def run_torch(params, gradients, learning_rates, dtype, **options):
     return jax.tree.map(lambda *steps: np.stack(steps), *history)
 
 
+def update_in_torch(model, optimizer, gradient, steps=1):
+    """Update a live model with a gradient made from each parameter."""
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = gradient(parameter)
+        optimizer.step()
+
+
 def _torch_slots(optimizer, leaves):
     slots = {}
     for name, leaf in leaves.items():

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
+from helpers import update_in_torch
 from optax_rmsprop import from_torch, from_torch_checkpoint, to_torch
 
 
@@ -26,10 +27,7 @@ def torch_run(steps=2):
         {"params": model[1].parameters(), "centered": True},
     ]
     optimizer = torch.optim.RMSprop(groups)
-    for _ in range(steps):
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
+    update_in_torch(model, optimizer, torch.randn_like, steps)
     return model, optimizer
 
 

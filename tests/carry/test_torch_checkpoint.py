@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
+from helpers import update_in_torch
 from optax_rmsprop import from_torch, from_torch_checkpoint, scale_by_rms, to_torch
 from optax_rmsprop.optimizer import ScaledTraceState
 
@@ -30,10 +31,7 @@ def trained(named=True, **options):
     model = torch.nn.Linear(3, 2)
     parameters = model.named_parameters() if named else model.parameters()
     optimizer = torch.optim.RMSprop(parameters, **options)
-    for _ in range(3):
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
+    update_in_torch(model, optimizer, torch.randn_like, 3)
     return model, optimizer
 
 
@@ -112,9 +110,7 @@ def test_a_checkpoint_with_tied_and_frozen_parameters():
     model[1].weight = model[0].weight
     model[2].requires_grad_(False)
     optimizer = torch.optim.RMSprop(p for p in model.parameters() if p.requires_grad)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    update_in_torch(model, optimizer, torch.ones_like)
     loaded = saved_and_loaded(model, optimizer)
 
     def port(weights):  # uses the name that is not in `names`

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import update_in_torch
 from optax_rmsprop import from_torch, from_torch_checkpoint, to_torch
 
 LONGEST = 600
@@ -22,10 +23,7 @@ def trained():
     model = torch.nn.Linear(3, 2)
     options = {"momentum": 0.9, "centered": True}
     optimizer = torch.optim.RMSprop(model.named_parameters(), **options)
-    for _ in range(3):
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
+    update_in_torch(model, optimizer, torch.randn_like, 3)
     return model, optimizer
 
 
@@ -227,9 +225,7 @@ def long_run():
         name = "parameter" * 30 + str(i)
         model.register_parameter(name, torch.nn.Parameter(torch.ones(1)))
     optimizer = torch.optim.RMSprop(model.parameters(), momentum=0.9)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones(1)
-    optimizer.step()
+    update_in_torch(model, optimizer, torch.ones_like)
     return model, optimizer
 
 

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("torch")
 import torch
 
+from helpers import update_in_torch
 from optax_rmsprop import from_torch, from_torch_checkpoint, to_torch
 
 NAMES = ["a", "b"]
@@ -19,10 +20,7 @@ def shared(view, trained=("a",), steps=1, a=None):
     model.a = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3) if a is None else a)
     model.b = torch.nn.Parameter(view(model.a.detach()))
     optimizer = torch.optim.RMSprop([getattr(model, name) for name in trained])
-    for _ in range(steps):
-        for parameter in model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
+    update_in_torch(model, optimizer, torch.ones_like, steps)
     return model, optimizer
 
 

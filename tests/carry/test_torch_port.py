@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import update_in_torch
 from optax_rmsprop import from_torch, to_torch
 from optax_rmsprop.carry._back import SourceArrays
 from optax_rmsprop.carry._port import ProbedPort, _joined
@@ -280,10 +281,7 @@ def test_what_has_no_gradient_stays_put():
 def narrow_run(dtype):
     model = torch.nn.Linear(3, 2, dtype=dtype)
     optimizer = torch.optim.RMSprop(model.parameters())
-    model.weight.grad, model.bias.grad = (
-        torch.ones_like(p) for p in model.parameters()
-    )
-    optimizer.step()
+    update_in_torch(model, optimizer, torch.ones_like)
     return model, optimizer
 
 
