@@ -34,7 +34,7 @@ def draw_times(name):
     figure, panels = plt.subplots(1, len(rows), **size)
     for axes, (row, found) in zip(panels, rows.items(), strict=True):
         ratios = found["summary"]["ratio_to"]
-        # What was not measured has no bar.
+        # A row that was not measured has no bar.
         times = [1 / ratios[p]["mean"] if p in ratios else np.nan for p in step.PEERS]
         colors = ["C0", *["C5"] * len(times)]
         axes.barh(["ours", *step.PEERS], [1, *times], color=colors)

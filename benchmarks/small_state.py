@@ -271,7 +271,7 @@ def rounded(curves):
 
 
 def mean_and_deviation(row, part):
-    """Of the final losses of the seeds."""
+    """Statistics of the final losses of the seeds."""
     last = np.array(row["curves"][part])[:, -1]
     return last.mean(), last.std(ddof=1)
 

@@ -1,4 +1,4 @@
-"""What a step costs with its state in bfloat16 or uint8, against float32.
+"""The cost of a step with its state in bfloat16 or uint8, against float32.
 
 On the device of JAX: the time of a jitted update and apply with donated buffers, in
 turns with float32's, and the bytes of the state's arrays. A program makes one step, or
@@ -43,7 +43,7 @@ OPTIONS = {
 }
 ON_TPU = OPTIONS | {"momentum+decay": {"momentum": 0.9, "weight_decay": 1e-4}}
 STATES = ("bfloat16", "uint8")
-# What --check accepts for uint8: HBM bytes per parameter, and 1 MiB of scratch.
+# --check accepts these for uint8: HBM bytes per parameter, and 1 MiB of scratch.
 LIMITS = {"plain": 20, "momentum": 28}
 TIME_LIMIT = 1.5  # of a step in float32
 STEPS_A_CALL = (1, 10)

@@ -60,7 +60,7 @@ OPTIONS = {
     "centered+momentum": {"centered": True, "momentum": 0.9},
 }
 HYPERPARAMETERS = 1e-2, 0.99, 1e-8  # learning rate, decay, eps
-# Those that ours takes turns with. Each leaves its mark on the next: torch its threads,
+# Ours takes turns with these. Each leaves its mark on the next: torch its threads,
 # a copy the memory that it has swept out of the caches.
 GROUPS = {
     "optax": ["optax"],
@@ -369,7 +369,7 @@ def summarize(rounds):
 
 
 def environment():
-    """What the times depend on."""
+    """The versions and the machine on which the times depend."""
     packages = jax, jaxlib, optax, optax_rmsprop, np, torch, keras
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

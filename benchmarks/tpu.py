@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of a step, on a machine without a TPU.
+"""The programs that the TPU compiler makes of a step, on a machine without a TPU.
 
 A step is one update and apply of one 8192 x 8192 array, with parameters and state
 donated. The bytes are those that the compiled program moves to and from HBM; over the
@@ -49,7 +49,7 @@ least time, ms
 
 
 def devices(topology):
-    """Of a slice that need not be there."""
+    """The devices of a slice that need not be there."""
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
@@ -87,7 +87,7 @@ def instructions(program):
 
 
 def hbm_bytes(program):
-    """What the instructions of a TPU program read from and write to HBM.
+    """The bytes that the instructions of a TPU program read from and write to HBM.
 
     XLA's own "bytes accessed" counts the copies in VMEM too, where the compiler keeps
     an array of this size between two loops; their layouts have a memory space, S(1).

@@ -1,4 +1,4 @@
-"""What the parts of RMSprop's chain share.
+"""The checks and the loop that the parts of RMSprop's chain share.
 
 A part is an optax transformation that leaves the checks of trees to `checked`, which
 makes them once for the whole chain. Its updates come in any floating-point dtype and

@@ -98,7 +98,7 @@ def rmsprop(
         timm's RMSpropTF.
       eps_in_sqrt: whether eps goes under the root, in the square of the gradient's
         unit; True in TensorFlow, Keras and timm's RMSpropTF.
-      lr_in_momentum: whether the momentum buffer holds scaled steps. It makes no
+      lr_in_momentum: whether the momentum buffer has scaled steps. It makes no
         difference while the learning rate is constant.
       bias_correction: whether to correct the averages for their start at 0, as Adam
         does.
@@ -135,7 +135,7 @@ def rmsprop(
 
       1. Names: lr is `learning_rate`, alpha is `decay`. Execution options (foreach,
          capturable, differentiable) have no counterpart: jit and grad always apply.
-      2. The centered state holds the variance `var` in place of square_avg, and never
+      2. The centered state has the variance `var` in place of square_avg, and never
          becomes NaN; for this and the rest, see the head of `transforms.py`.
       3. Momentum is refused at 1 and above, decay too; torch accepts both.
 
@@ -219,7 +219,7 @@ def _checked_mask(value: Any) -> Callable[[Any], Any] | None:
             given, expected = (
                 dict(tree_flatten_with_path(t)[0]) for t in (tree, params)
             )
-            # What is True or False for a whole tree stands for all that is in it.
+            # True or False for a whole tree stands for everything in it.
             starts = ([path[:i] for i in range(len(path) + 1)] for path in expected)
             of_each = [next(filter(given.__contains__, s), s[-1]) for s in starts]
             problems = _errors.other_paths(given, dict.fromkeys(of_each))

@@ -74,7 +74,7 @@ def problem():
 
 
 def training(tx, measure, updates=STEPS):
-    """What `measure` makes of parameters, steps and state in each update."""
+    """The values of `measure` for parameters, steps and state in each update."""
     params, images, labels, batches = problem()
 
     def step(carry, batch):

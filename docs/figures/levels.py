@@ -38,7 +38,7 @@ def our_levels(kind):
 
 
 def float_levels(dtype):
-    """Of a float8, scaled so that its largest number is 1."""
+    """The numbers of a float8, scaled so that the largest is 1."""
     codes = jnp.arange(1, 128, dtype=jnp.uint8)
     levels = jax.lax.bitcast_convert_type(codes, dtype).astype(jnp.float32)
     levels = np.asarray(levels[jnp.isfinite(levels)])

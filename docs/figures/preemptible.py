@@ -26,7 +26,7 @@ PROCESSES = {  # how far each comes, and its look
 
 
 def losses_of(folder, last):
-    """What one process prints: its losses by step, until `last` is reached."""
+    """The losses by step that one process prints, until `last` is reached."""
     script = HERE.parents[2] / "examples" / "preemptible.py"
     command = [sys.executable, script, "--checkpoints", folder, "--save-every", "10"]
     losses = {}

@@ -52,7 +52,7 @@ def by_bitsandbytes(nu):
 
 
 def statistics(ratio):
-    """Of the kept √nu to the exact one: the columns of the table."""
+    """The ratio of the kept √nu to the exact one: the columns of the table."""
     error = ratio - 1
     parts = error**2, error, ratio < 0.5, ratio > 2
     return [jnp.mean(part) for part in parts]
@@ -64,7 +64,7 @@ def to_nearest(nu):
 
 @jax.jit
 def errors(decay, sizes, key):
-    """For every method, the statistics of √nu, averaged over the last half of steps."""
+    """The statistics of √nu with every method, averaged over the last half of steps."""
     txs = {name: compress_state(scale_by_rms(decay), d) for name, d in OURS.items()}
     theirs = {"bitsandbytes": by_bitsandbytes, "bfloat16, nearest": to_nearest}
 

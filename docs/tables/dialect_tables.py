@@ -80,7 +80,7 @@ def centered_cell(name, words):
 
 @table("switches")
 def switches(language):
-    """What each dialect does where frameworks differ."""
+    """The choice of each dialect where frameworks differ."""
     words = Words(language)
     header = ["dialect", "is", "epsilon", "start", "learning rate", "weight decay"]
     if words.chinese:
@@ -94,7 +94,7 @@ def switches(language):
 
 
 def evidence(name, words):
-    """What tests compare the dialect with: a recorded run, a transcription, or both."""
+    """The evidence of a dialect in tests: a recorded run, a transcription, or both."""
     found = []
     record = PEERS / "recorded" / f"{name}.json"
     if record.exists():

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-# What stands in a page, with the white space around it.
+# The text in a page, with the white space around it.
 BLOCK = re.compile(r"(<!-- begin ([\w-]+) -->\s*)(.*?)(\s*<!-- end \2 -->)", re.S)
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 

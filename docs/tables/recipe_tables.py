@@ -109,7 +109,7 @@ def row(name, call, batch, cells):
 
 @table("recipes")
 def recipes(language):
-    """What the calls of published recipes set."""
+    """The settings in the calls of published recipes."""
     rows = [row(name, *recipe) for name, recipe in RECIPES.items()]
     return rows_of(["recipe", *COLUMNS], rows)
 

@@ -1,4 +1,4 @@
-"""What a dialect, or a block of a page, gives to rmsprop."""
+"""The arguments with which a dialect, or a block of a page, calls rmsprop."""
 
 import contextlib
 import inspect
@@ -17,7 +17,7 @@ DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(rmsprop).parameters.items()
 }
-# What frameworks call the arguments of rmsprop.
+# The frameworks' names for the arguments of rmsprop.
 ARGUMENTS = {
     "decay": ("alpha", "rho", "gamma", "decay"),
     "eps": ("eps", "epsilon"),
@@ -76,7 +76,7 @@ def flipped(name, option):
 
 
 def given(name, **case):
-    """What the dialect gives to rmsprop, or None if it refuses the case."""
+    """The arguments of the dialect's rmsprop call, or None if it refuses the case."""
     first = next(iter(parameters(name).values()))
     lr = () if first.default is not first.empty else (0.1,)
     with recorded() as seen:

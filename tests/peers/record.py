@@ -1,4 +1,4 @@
-"""Record what each framework's RMSprop does, to hold its dialect to.
+"""Record what each framework's RMSprop does, to compare its dialect with.
 
     python tests/peers/record.py FRAMEWORK
 
@@ -59,7 +59,7 @@ def options(**choices):
 
 
 def run_torch_optimizer(make, params, gradients, learning_rates):
-    """Of any optimizer with torch's interface."""
+    """The parameters of any optimizer with torch's interface."""
     import torch
 
     p = torch.nn.Parameter(torch.tensor(params))

@@ -138,7 +138,7 @@ def main():
     framework = parser.parse_args().framework
     runs = []
     for options in CASES[framework]:
-        # Of Keras' also how far the carried run ends from it.
+        # For Keras, also record how far the carried run ends from it.
         names = ("half", "end", "carried")
         run = dict(zip(names, globals()[framework](dict(options)), strict=False))
         runs.append({"options": options, **run})
