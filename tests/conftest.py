@@ -50,6 +50,6 @@ def x64():
 
 @pytest.fixture
 def standard_promotion():
-    """For the parts of optax that do not run under strict promotion."""
+    """JAX's own promotion. Some parts of optax do not run under the strict one."""
     with jax.numpy_dtype_promotion("standard"):
         yield

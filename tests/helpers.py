@@ -19,20 +19,23 @@ import optax_rmsprop
 import reference
 
 
-def pairwise(cases):
+def covering(cases, together=2):
     """A few of the cases, in which every two options have every pair of values.
 
-    Each is the case with the most pairs that are in none before it.
+    Or every three options every triple: these are after those for every two. Each is
+    the case with the most combinations that are in none before it.
     """
 
-    def pairs(case):
+    def combinations(case):
         values = [(k, repr(v)) for k, v in case.items()]
-        return {*values, *itertools.combinations(values, 2)}
+        return {*values, *itertools.combinations(values, together)}
 
-    missing, chosen = set().union(*map(pairs, cases)), []
+    chosen = covering(cases, together - 1) if together > 2 else []
+    missing = set().union(*map(combinations, cases))
+    missing.difference_update(*map(combinations, chosen))
     while missing:
-        chosen.append(max(cases, key=lambda case: len(pairs(case) & missing)))
-        missing -= pairs(chosen[-1])
+        chosen.append(max(cases, key=lambda case: len(combinations(case) & missing)))
+        missing -= combinations(chosen[-1])
     return chosen
 
 
@@ -46,8 +49,8 @@ def slow_but(quick, cases, name=str):
     ]
 
 
-# What optax puts around a transformation, which a function without arguments makes. The
-# updates stay what they are alone.
+# Wrappers of optax, around a transformation that a function without arguments makes.
+# The updates stay what they are alone.
 WRAPPERS = {
     "chain": lambda make: optax.chain(optax.clip_by_global_norm(1e9), make()),
     "nested": lambda make: optax.chain(optax.chain(make(), optax.scale(1.0))),

@@ -31,7 +31,7 @@ class Variable:
 
 
 class Model:
-    """What from_keras asks of a keras.Model, from the record."""
+    """The part of a keras.Model that from_keras uses, from the record."""
 
     def __init__(self, half):
         self.weights = [Variable(*pair) for pair in half["weights"]]
@@ -40,7 +40,7 @@ class Model:
 
 
 class RMSprop:
-    """What from_keras asks of a keras.optimizers.RMSprop, from the record."""
+    """The part of Keras' RMSprop that from_keras uses, from the record."""
 
     def __init__(self, half):
         self.config = half["config"]

@@ -1,4 +1,4 @@
-"""A run of optax's own RMSprop goes on in ours: forty more steps beside it."""
+"""A run of optax's own RMSprop goes on in ours: twenty more steps beside it."""
 
 import functools
 import warnings
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import by_step, pairwise, problem, slow_but, stepper
+from helpers import by_step, covering, problem, slow_but, stepper
 from optax_rmsprop import (
     ScaleByStddevState,
     dialects,
@@ -20,7 +20,7 @@ from optax_rmsprop import (
     scale_by_stddev,
 )
 
-HALF = 40
+HALF = 20
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32; observed: 4e-6
 PARAMS, GRADIENTS = jax.tree.map(jnp.float32, problem(2 * HALF)[:2])
 GRADIENTS = by_step(GRADIENTS)
@@ -87,7 +87,9 @@ def name_of(options):
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("options", slow_but(pairwise(OPTIONS), OPTIONS, name_of))
+@pytest.mark.parametrize(
+    "options", slow_but(covering(OPTIONS)[:3], covering(OPTIONS, 3), name_of)
+)
 def test_optax_rmsprop_goes_on(options):
     args = {"eps": EPS, **options}
     more = {"decay": 0.9} if options["bias_correction"] else {"count": HALF}
@@ -163,15 +165,10 @@ CHAINS = {
     "apply_if_finite": both(lambda make, args: optax.apply_if_finite(make(**args), 3)),
 }
 APPROXIMATE = {"a trace of 16 bits"}  # in optax
-# One of each kind of part: a variance, a mask, groups, numbers in the state, a wrapper
-# that counts, a trace of another dtype, one whose sign nothing shows.
+# Groups, a wrapper that counts, and a trace whose sign nothing shows.
 QUICK = {
-    "stddev",
-    "masked",
     "partition",
-    "inject",
     "multi_steps",
-    "a trace of 16 bits",
     "no rate any more",
 }
 
@@ -294,7 +291,7 @@ def options_of_tx(**options):
 
 
 WITH_MOMENTUM = optax.rmsprop(0.01, momentum=0.9)
-# What is given in place of its counterpart.
+# These are given in place of its counterpart.
 DIFFERENT = {
     "learning rate": options_of_tx(learning_rate=0.02),
     "decay": options_of_tx(decay=0.9001),
@@ -333,7 +330,7 @@ REFUSED = [
         dialects.optax(**FALLING),
         {"count": 7},
         ValueError,
-        r"`count` must be .* got 7 and 40; give the right one",
+        r"`count` must be .* got 7 and 20; give the right one",
     ),
     (
         optax.rmsprop(**FALLING),
@@ -437,11 +434,11 @@ def test_averages_and_counts_below_0(field, value, says):
         from_optax(state, source, tx, p, decay=0.9)
 
 
-MANY = {f"{'layer' * 30}{i:04}": np.ones((1,) * 60, np.float32) for i in range(2000)}
+MANY = {f"{'layer' * 30}{i:04}": np.ones((1,) * 60, np.float32) for i in range(50)}
 ADAM = optax.scale_by_adam()
 OF_MANY = {
     "`tx` must keep what": (
-        dict.fromkeys(list(MANY)[:300], np.ones(1, np.float32)),
+        dict.fromkeys(MANY, np.ones(1, np.float32)),
         optax.chain(ADAM, optax.rmsprop(0.1, momentum=0.9)),
         optax.chain(dialects.optax(0.1, momentum=0.9), ADAM),
         lambda state: state,
@@ -452,7 +449,7 @@ OF_MANY = {
         OURS,
         lambda state: jax.tree.map(lambda x: x.astype(np.float16), state),
     ),
-    "`opt_state` must hold averages of squares": (
+    "`opt_state` must have averages of squares": (
         MANY,
         PLAIN,
         OURS,
@@ -460,7 +457,7 @@ OF_MANY = {
     ),
     "`count` must be the number of updates": (
         (),
-        *2 * [optax.chain(*1000 * [optax.scale_by_schedule(falling)])],
+        *2 * [optax.chain(*100 * [optax.scale_by_schedule(falling)])],
         lambda state: tuple(
             part._replace(count=np.int32(i)) for i, part in enumerate(state)
         ),

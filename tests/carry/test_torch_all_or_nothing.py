@@ -37,7 +37,7 @@ def port(weights):
 
 
 def moved(run=None):
-    """What `to_torch` is given: everything is another number than in the run."""
+    """Arguments of `to_torch`, in which every number is another than in the run."""
     run = run or from_torch(*torch_run(), port)
     numbers = run.params, run.opt_state
     return jax.tree.map(lambda x: x + jnp.ones((), x.dtype), numbers)
@@ -167,7 +167,7 @@ def test_what_torch_cannot_write(make, error, text):
     to_torch(run.params, run.opt_state, model, optimizer, without)
 
 
-# Slots in dtypes that torch does not take from NumPy, but whose values it can hold.
+# Slots in dtypes that torch does not take from NumPy, but whose values it can store.
 @pytest.mark.parametrize(
     "dtype",
     [

@@ -1,4 +1,4 @@
-"""What is no run of torch's is refused by name, and never by an error from inside."""
+"""A damaged run is refused by the name of its part, never by an error from inside."""
 
 import collections
 import copy

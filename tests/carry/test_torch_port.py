@@ -138,8 +138,7 @@ def dtype(request):
     jax.config.update("jax_enable_x64", False)
 
 
-@pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(("momentum", "centered"), [(0.0, False), (0.9, True)])
 def test_there_and_back_equals_staying(dtype, momentum, centered):
     options = {"momentum": momentum, "centered": centered}
     model, optimizer = torch_run(dtype, **options)
@@ -392,7 +391,7 @@ def test_as_many_learning_rates_as_groups():
 
 
 def spoiled(run):
-    """What to_torch is given, spoiled in one way, and what is said of it."""
+    """Arguments of to_torch that are spoiled in one way, and the error's text."""
     bias = {**run.params, "bias": jnp.ones(3)}
     extra = {**run.params, "extra": jnp.ones(3)}
     cast = jax.tree.map(lambda p: p.astype(jnp.float16), run.params)

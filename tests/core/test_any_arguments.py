@@ -118,7 +118,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def use(function, **arguments):
-    """What comes out of a first update, or of `diagnose`."""
+    """The result of a first update, or of `diagnose`."""
     tx = function(**arguments)
     if function is diagnose:
         return tx

@@ -229,7 +229,7 @@ def test_arrays_that_are_not_traced_are_checked_within_jit_too(name):
         jax.jit(lambda: first_step(negative))()
 
 
-# What a schedule returns, and what is said of it.
+# The result of a schedule, and the error's text.
 RETURNED = [
     (None, TypeError, "got None from its schedule"),
     ("x", TypeError, "got 'x' from its schedule"),
@@ -520,7 +520,7 @@ def counting(value):
     return lambda state: state._replace(count=value)
 
 
-# What happened to a state of averages, and what is said of it.
+# Changes to a state of averages, and the error's text.
 BROKEN = [
     (
         cast("float16", "mu"),
@@ -658,7 +658,7 @@ def test_a_negative_average_is_refused_and_nan_is_not(centered):
         for x in (leaf, leaf * jnp.nan)
     )
     says = (
-        rf"`state` must hold averages of squares, .* at \[0\]\.{name}\['b'\]; restore"
+        rf"`state` must have averages of squares, .* at \[0\]\.{name}\['b'\]; restore"
     )
     for of_numpy in (False, True):
         given = jax.device_get(bad) if of_numpy else bad
@@ -720,13 +720,14 @@ OF_8_BITS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", OF_8_BITS)
-def test_parameters_of_4_and_8_bits(dtype):
-    tx, p = rmsprop(), jnp.ones(2, dtype)
-    updates, state = tx.update(-p, tx.init(p), p)
-    assert updates.dtype == dtype
-    assert (updates.astype(jnp.float32) >= 0).all()
-    assert state[0].nu.dtype == jnp.float32
+def test_parameters_of_4_and_8_bits():
+    tx, params = rmsprop(), {dtype: jnp.ones(2, dtype) for dtype in OF_8_BITS}
+    gradients = {dtype: jnp.full(2, -1, dtype) for dtype in OF_8_BITS}
+    updates, state = jax.jit(tx.update)(gradients, tx.init(params), params)
+    for dtype, update in updates.items():
+        assert update.dtype == dtype
+        assert (np.asarray(update, np.float32) >= 0).all()
+        assert state[0].nu[dtype].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

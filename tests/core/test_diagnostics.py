@@ -32,7 +32,7 @@ def after(tx, grads=GRADS, steps=3):
 
 @pytest.mark.parametrize("eps_in_sqrt", [False, True])
 @pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("eps", [0.0, 1e-8, 1e-3, 10.0])
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
 def test_step_sizes_times_gradients_are_the_updates(eps, centered, eps_in_sqrt):
     options = {"eps": eps, "eps_in_sqrt": eps_in_sqrt}
     updates, state = after(rmsprop(0.1, 0.9, centered=centered, **options))

@@ -12,7 +12,6 @@ import pytest
 from optax_rmsprop import (
     compress_state,
     diagnose,
-    dialects,
     rmsprop,
     scale_by_rms,
     scale_by_stddev,
@@ -46,19 +45,13 @@ def matrices(params):
 MASK = matrices(eqx.filter(model().mlp, eqx.is_inexact_array))
 
 TRANSFORMATIONS = {
-    "plain": rmsprop(LR),
-    "L2": rmsprop(LR, weight_decay=0.1),
-    "decoupled": rmsprop(LR, weight_decay=0.1, decoupled_weight_decay=True),
     "mask": rmsprop(LR, weight_decay=0.1, weight_decay_mask=matrices),
     "centered": rmsprop(LR, centered=True, eps=1e-2),
-    "momentum": rmsprop(LR, momentum=0.9, nesterov=True),
     "scale_by_rms": scale_by_rms(),
-    "scale_by_stddev": scale_by_stddev(),
     "compress_state": compress_state(
-        rmsprop(LR, weight_decay=0.1), "uint8", min_size=1
+        rmsprop(LR, weight_decay=0.1), "uint8", min_size=8
     ),
     "chain": optax.chain(optax.clip_by_global_norm(0.1), rmsprop(LR, weight_decay=0.1)),
-    "dialects.keras": dialects.keras(LR),
 }
 
 
@@ -76,9 +69,8 @@ def test_a_whole_model_is_its_arrays(tx):
     assert any(u.any() for u in jax.tree.leaves(expected[0]))
 
 
-@pytest.mark.parametrize("name", ["mask", "centered", "compress_state", "chain"])
-def test_a_compiled_step_of_a_whole_model(name):
-    tx, whole = TRANSFORMATIONS[name], model()
+def test_a_compiled_step_of_a_whole_model():
+    tx, whole = TRANSFORMATIONS["mask"], model()
     arrays, rest = eqx.partition(whole, eqx.is_inexact_array)
     state = tx.init(arrays)
     expected, _ = tx.update(gradient(whole), state, arrays)

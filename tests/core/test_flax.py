@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from helpers import stepper
 from optax_rmsprop import compress_state, decompress_state, rmsprop
 
 pytest.importorskip("flax")
@@ -46,9 +47,9 @@ in_every_case = pytest.mark.parametrize(
 def plain_loop(tx, params, loss):
     """The parameters after every update."""
     state = tx.init(params)
+    step, gradient = jax.jit(stepper(tx)), jax.jit(jax.grad(loss))
     for _ in range(STEPS):
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, gradient(params))
         yield params
 
 

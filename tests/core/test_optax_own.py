@@ -1,4 +1,4 @@
-"""optax's own tests of RMSprop, as its wheel ships them, hold on our functions.
+"""optax's own tests of RMSprop, as its wheel ships them, pass with our functions.
 
 All but `test_rms_match_adam`, which compares with Adam in float32 at 1e-6, where Adam's
 bias correction is off by 7e-6: the last two tests here take its place.
@@ -24,7 +24,7 @@ import pytest
 import optax_rmsprop
 import reference
 
-# Of every module: words in the name or parameters of a case about RMSprop, and the
+# For every module: words in the name or parameters of a case about RMSprop, and the
 # number of such cases. Older versions of optax run most cases in several variants.
 MODULES = {
     "optax._src.alias_test": (["opt_name='rmsprop'"], 32),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import reference
-from helpers import pairwise, problem, run_ours, slow_but
+from helpers import covering, falling, problem, run_ours, slow_but
 from optax_rmsprop import rmsprop, scale_by_rms, scale_by_stddev
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -41,17 +41,20 @@ ALL = [
     dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())
 ]
 VALID = [options for options in ALL if is_valid(options)]
-CASES = VALID[::7]
-QUICK = pairwise(CASES)
+QUICK, CASES = covering(VALID), covering(VALID, 3)
 
 
-def pairs(cases):
-    """Every two options with their values that stand together in some case."""
-    return {pair for case in cases for pair in itertools.combinations(case.items(), 2)}
+def together(cases, number):
+    """Every few options with their values that are together in some case."""
+    return {
+        few for case in cases for few in itertools.combinations(case.items(), number)
+    }
 
 
-def test_the_cases_cover_every_pair_of_options():
-    assert pairs(QUICK) == pairs(CASES) == pairs(VALID)
+@pytest.mark.parametrize(("cases", "number"), [(QUICK, 2), (CASES, 3)])
+def test_the_cases_cover_every_few_options(cases, number):
+    assert together(cases, number) == together(VALID, number)
+    assert len(cases) < len(VALID) / 20
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,16 @@ def test_a_complex_number_is_two_real_ones(centered):
     both = updates_of(tx, GRADIENTS + 3j * GRADIENTS[::-1])
     np.testing.assert_array_equal(both.real, updates_of(tx, GRADIENTS))
     np.testing.assert_array_equal(both.imag, updates_of(tx, 3 * GRADIENTS[::-1]))
+
+
+@pytest.mark.parametrize("rate", [0.1, falling])
+def test_the_rate_inside_and_outside_the_buffer(rate):
+    inside, outside = (
+        updates_of(rmsprop(rate, momentum=0.9, lr_in_momentum=is_inside), GRADIENTS)
+        for is_inside in (True, False)
+    )
+    apart = np.abs(inside / outside - 1).max()
+    assert apart > 0.1 if callable(rate) else apart < 1e-12
 
 
 def test_maximizing_is_minimizing_the_negative():

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of a step, on a machine without a TPU.
+"""The programs that the TPU compiler makes of a step, on a machine without a TPU.
 
 Needs the extra `tpu`; skipped where libtpu is not installed, or there is a TPU.
 """

@@ -70,7 +70,7 @@ def nearly_constant(noise, dtype):
 NOISES = {1e-2: (0.0, 1e-6, 1e-4), 1e-8: (0.03,)}
 
 
-@pytest.mark.parametrize("eps", NOISES)
+@pytest.mark.parametrize("eps", slow_but([1e-2], NOISES))
 @pytest.mark.parametrize("decay", slow_but([0.99], [0.9, 0.99, 0.999]))
 def test_centered_on_nearly_constant_gradients_is_exact(decay, eps):
     gradients = {
@@ -107,7 +107,8 @@ def test_a_subtracted_variance_is_negative_on_the_same_gradients(decay):
 )
 def test_zero_over_zero_is_zero(scale_by, eps_in_sqrt, bias_correction):
     tx = scale_by(eps=0.0, eps_in_sqrt=eps_in_sqrt, bias_correction=bias_correction)
-    updates, state = train(tx, {dtype: jnp.zeros((3, 2), dtype) for dtype in ALL})
+    dtypes = ("float16", "float32", "complex128")
+    updates, state = train(tx, {dtype: jnp.zeros((3, 2), dtype) for dtype in dtypes})
     for leaf in updates.values():
         assert np.all(np.asarray(leaf) == 0)
     assert is_finite(state)
@@ -119,14 +120,9 @@ def test_the_second_epsilon_is_lost_in_larger_moments():
     np.testing.assert_allclose(updates, [[1 / np.sqrt(0.1)] * 2], rtol=3e-7)
 
 
-@pytest.mark.parametrize(  # every two of them with every pair of values
+@pytest.mark.parametrize(  # that both modes agree is tested in test_derivatives.py
     ("scale_by", "eps_in_sqrt", "derivatives"),
-    [
-        (scale_by_rms, False, jax.jacrev),
-        (scale_by_rms, True, jax.jacfwd),
-        (scale_by_stddev, False, jax.jacfwd),
-        (scale_by_stddev, True, jax.jacrev),
-    ],
+    [(scale_by_rms, True, jax.jacfwd), (scale_by_stddev, False, jax.jacrev)],
 )
 def test_a_spike_has_derivatives(scale_by, eps_in_sqrt, derivatives):
     def update(decay, eps, g):
@@ -142,10 +138,10 @@ def test_a_spike_has_derivatives(scale_by, eps_in_sqrt, derivatives):
         np.testing.assert_allclose((by_eps, by_gradient), 0, atol=1e-16)
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.99])
-@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize(("centered", "decay"), [(False, 0.99), (True, 0.9)])
 def test_a_spike_is_bounded_and_forgotten(centered, decay):
-    # The held spike's root, 9e18 * sqrt(1 - decay), takes 2 log(9e18) memories to fade.
+    # The root of the clipped spike, 9e18 * sqrt(1 - decay), fades in 2 log(9e18)
+    # memories.
     steps = int(100 / (1 - decay))
     gradients = np.ones(steps)
     gradients[20] = 3e25
@@ -168,7 +164,7 @@ def test_a_spike_is_bounded_and_forgotten(centered, decay):
     ("scale_by", "bias_correction", "decay"),
     [
         (scale_by, bias_correction, decay)
-        for i, decay in enumerate([0.01, 0.5, 0.9, 0.9999])
+        for i, decay in enumerate([0.01, 0.9999])
         for scale_by in (scale_by_rms, scale_by_stddev)
         for bias_correction in [(scale_by is scale_by_rms) == (i % 2 == 0)]
     ],
@@ -198,7 +194,7 @@ def test_weight_decay_of_the_largest_numbers_is_finite(dtype, decoupled):
         updates, _ = tx.update(gradients, tx.init(params), params)
         exact = [-0.01 * largest, 0.01 * largest] if decoupled else [-0.1, 0.1]
         np.testing.assert_allclose(updates["w"][:2].real, exact, rtol=1e-5)
-        # Infinity of a gradient passes as without weight decay: held in the state.
+        # An infinite gradient passes as without weight decay. The state clips it.
         assert not jnp.isfinite(updates["w"][2:].real).any()
 
 
@@ -265,7 +261,7 @@ def test_next_to_no_memory_is_finite(decay):
     assert is_finite(state)
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.95, 0.99, 0.999])
+@pytest.mark.parametrize("decay", [0.9, 0.999])
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_first_bias_corrected_gradient_has_no_variance(wide, decay):
     jax.config.update("jax_enable_x64", wide)  # without it decay is rounded to float32
@@ -286,7 +282,7 @@ def test_float16_gradients_follow_exact_arithmetic(decay, momentum, centered):
     options = {"decay": decay, "momentum": momentum, "centered": centered, "eps": 1e-8}
     updates, _ = train(rmsprop(**options), gradients)
     exact = exact_updates(gradients, **options)
-    # A float16 holds 11 bits, and steps below 6e-5 fewer.
+    # A float16 has 11 bits, and steps below 6e-5 fewer.
     np.testing.assert_allclose(updates, exact, rtol=1e-3, atol=1e-7)
 
 
@@ -327,7 +323,7 @@ def test_momentum_and_clipping_do_not_hide_it_either(bad):
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=40)
 fractions = st.floats(0, 1, width=32)
-SHAPES = {"scalar": (), "empty": (0, 3), "matrix": (2, 3)}
+SHAPE = 2, 3
 STEPS = 5
 RTOL = {"float32": 3e-4, "float64": 1e-12}  # observed: 7e-5, 1e-13
 
@@ -340,22 +336,15 @@ def train_any(gradients, hyperparameters, centered, eps_in_sqrt):
 
 def random_gradients(seed, low, high, dtype):
     """Every element of its own size, from 10**low to 10**high, and some zeros."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(shape):
-        sizes = rng.choice([0, 1, 1, 1], (STEPS, *shape)) * 10.0 ** rng.uniform(
-            low, high, (STEPS, *shape)
-        )
-        most = float(jnp.finfo(dtype).max)
-        values = np.clip(sizes * rng.normal(size=(STEPS, *shape)), -most, most)
-        return jnp.asarray(values, dtype)
-
-    return {name: leaf(shape) for name, shape in SHAPES.items()}
+    rng, shape = np.random.default_rng(seed), (STEPS, *SHAPE)
+    sizes = rng.choice([0, 1, 1, 1], shape) * 10.0 ** rng.uniform(low, high, shape)
+    most = float(jnp.finfo(dtype).max)
+    values = np.clip(sizes * rng.normal(size=shape), -most, most)
+    return jnp.asarray(values, dtype)
 
 
 @repeatable
 @given(
-    dtype=st.sampled_from(ALL),
     centered=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
     decay=fractions.filter(lambda x: x < 1),
@@ -363,8 +352,8 @@ def random_gradients(seed, low, high, dtype):
     eps=st.sampled_from([0.0, 1e-30, 1e-8, 1e-2]),
     initial_scale=st.sampled_from([0.0, 1e-30, 1.0, 1e30]),
 )
-def test_anything_finite_stays_finite(dtype, centered, seed, **hyperparameters):
-    gradients = random_gradients(seed, -30, 30, dtype)
+def test_anything_finite_stays_finite(centered, seed, **hyperparameters):
+    gradients = {dtype: random_gradients(seed, -30, 30, dtype) for dtype in ALL}
     hyperparameters = {k: jnp.float32(v) for k, v in hyperparameters.items()}
     with jax.numpy_dtype_promotion("standard"):  # float32 arrays on float64 leaves
         updates, state = train_any(gradients, hyperparameters, centered, False)
@@ -389,11 +378,7 @@ def test_gradients_of_any_scale_follow_exact_arithmetic(
     gradients = random_gradients(seed, scale - 1, scale, dtype)
     arrays = {k: jnp.asarray(v, dtype) for k, v in hyperparameters.items()}
     updates, _ = train_any(gradients, arrays, centered, eps_in_sqrt)
-    for name in ("scalar", "matrix"):
-        exact = exact_updates(
-            gradients[name],
-            **hyperparameters,
-            centered=centered,
-            eps_in_sqrt=eps_in_sqrt,
-        )
-        np.testing.assert_allclose(updates[name], exact, rtol=RTOL[dtype])
+    exact = exact_updates(
+        gradients, **hyperparameters, centered=centered, eps_in_sqrt=eps_in_sqrt
+    )
+    np.testing.assert_allclose(updates, exact, rtol=RTOL[dtype])

@@ -27,7 +27,6 @@ MAKE = {
     "everything": functools.partial(rmsprop, **EVERYTHING),
     "centered": functools.partial(rmsprop, centered=True, **EVERYTHING),
     "keras": functools.partial(dialects.keras, 0.1, momentum=0.8),
-    "bfloat16": lambda: compress_state(rmsprop(**EVERYTHING), "bfloat16", min_size=1),
     "uint8": lambda: compress_state(rmsprop(**EVERYTHING), "uint8", min_size=1),
 }
 SLOTS = {
@@ -43,14 +42,14 @@ GRADIENTS = by_step(GRADIENTS)
 
 def is_numeric(name):
     """Whether inject_hyperparams can make its arguments."""
-    return name not in ("bfloat16", "uint8")
+    return name != "uint8"
 
 
 def cases():
     for wrapper in WRAPPERS:
         for name in MAKE:
             if wrapper != "inject_hyperparams" or is_numeric(name):
-                # Those that branch, and those of compressed states, compile programs.
+                # Wrappers that branch, and compressed states, compile programs.
                 often = wrapper in BRANCHING or not is_numeric(name)
                 quick = not often or (wrapper, name) in QUICK
                 marks = [pytest.mark.slow] * (not quick)
@@ -60,7 +59,7 @@ def cases():
 QUICK = {
     ("apply_if_finite", "centered"),
     ("MultiSteps", "everything"),
-    ("partition", "bfloat16"),
+    ("partition", "uint8"),
 }
 
 

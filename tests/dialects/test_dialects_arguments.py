@@ -1,4 +1,4 @@
-"""What the dialects take and refuse, in their framework's words, and what help says."""
+"""The arguments of dialects: taken or refused in their framework's words, and help."""
 
 import inspect
 import re

@@ -367,7 +367,7 @@ def path_of(page, name="ours"):
 
 
 def address_of(page):
-    """What the page itself says: the driver hears of a change a moment later."""
+    """Ask the page itself, because the driver learns of a change a moment later."""
     return page.evaluate("location.href")
 
 

@@ -110,7 +110,7 @@ def test_alternative_texts_keep_their_words(site):
 def test_every_public_name_is_on_the_api_page(site):
     documented = Page((site / "api.html").read_text()).ids
     from_optax = {"trace", "add_decayed_weights"}
-    # What a room hands on is documented at the room's address. TorchRun is carry.Run.
+    # The names of a room are documented at the room's address. TorchRun is carry.Run.
     rooms = {"carry", "dialects", "wrappers", "torch_layers"}
     expected = set()
     core = set(optax_rmsprop.__all__) - from_optax - rooms - {"TorchRun"}

@@ -52,6 +52,7 @@ def single_run(sweep, setting, seed, digits):
     return run[0]
 
 
+@pytest.mark.slow
 def test_a_run_among_many_is_a_run_by_itself(sweep):
     digits = sweep._common.split_digits()
     settings = [sweep.SETTINGS[number] for number in (27, 80, 85)]

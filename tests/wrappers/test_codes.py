@@ -21,6 +21,7 @@ from optax_rmsprop.wrappers._rounding import LONG, random_axis_bits, random_bits
 MANY = 40_000
 
 
+@jax.jit
 def encoded(x, to, seed):
     """Codes of one array, their format, and that for the next numbers."""
     (axis_bits,) = random_axis_bits(jax.random.key(seed), [x.shape])
@@ -34,9 +35,11 @@ def first(x, seed=0):
     return encoded(x, first_format(wide.min(), wide.max()), seed)
 
 
-@jax.jit
 def following(x, last, seed=1):
     return encoded(x, last[2], seed)
+
+
+next_format = jax.jit(next_format)
 
 
 def decoded(codes, of, _, dtype="float32"):
@@ -56,7 +59,7 @@ def standard_errors(values, number):
     return abs(values.mean() - number) / (values.std() / np.sqrt(values.size) + 1e-300)
 
 
-# Of 15 values at 5 standard errors, one in a hundred thousand such tables fails; the
+# With 15 values at 5 standard errors, one in a hundred thousand such tables fails; the
 # seed is fixed.
 ODDS = 5.0
 FRACTIONS = [1.0, 0.9, 0.71, 0.33, 0.1, 3e-2, 1.7e-3, 2.3e-5, 1.1e-7]
@@ -267,7 +270,7 @@ def test_random_bits_are_uniform_and_differ_from_step_to_step():
     shape = (100, 100)
     keys = map(jax.random.key, range(20))
     axis_bits = [random_axis_bits(key, [shape])[0] for key in keys]
-    bits = np.stack([random_bits(shape, 15, w) for w in axis_bits])
+    bits = np.stack([random_bits(shape, 15, numbers) for numbers in axis_bits])
     uniform = (bits + 0.5) / 2**15
     assert abs(uniform.mean() - 0.5) < 5 * np.sqrt(1 / 12 / bits.size)
     assert abs(uniform.var() - 1 / 12) < 5 * np.sqrt(1 / 180 / bits.size)
@@ -360,7 +363,7 @@ def test_minus_zero_is_no_negative_number():
 
 
 @pytest.mark.parametrize("shape", [(LONG + 5,), (LONG + 5, 2), (64, 1024)])
-def test_words_differ_by_key_and_by_array(shape):
+def test_random_bits_differ_by_key_and_by_array(shape):
     runs = []
     for seed in range(4):
         for axis_bits in random_axis_bits(jax.random.key(seed), [shape, shape]):
