@@ -98,7 +98,7 @@ def rmsprop(
         timm's RMSpropTF.
       eps_in_sqrt: whether eps goes under the root, in the square of the gradient's
         unit; True in TensorFlow, Keras and timm's RMSpropTF.
-      lr_in_momentum: whether the momentum buffer has scaled steps. It makes no
+      lr_in_momentum: whether the momentum buffer contains scaled steps. It makes no
         difference while the learning rate is constant.
       bias_correction: whether to correct the averages for their start at 0, as Adam
         does.

@@ -22,8 +22,9 @@ import reference
 def covering(cases, together=2):
     """A few of the cases, in which every two options have every pair of values.
 
-    Or every three options every triple: these are after those for every two. Each is
-    the case with the most combinations that are in none before it.
+    With `together=3`, further cases follow, so that every three options have every
+    triple of values. Each case is the one with the most combinations that are in none
+    before it.
     """
 
     def combinations(case):
@@ -41,6 +42,8 @@ def covering(cases, together=2):
 
 def slow_but(quick, cases, name=str):
     """All the cases for `parametrize`; those that are not among the quick are slow."""
+    quick, cases = list(quick), list(cases)
+    assert all(case in cases for case in quick)
     return [
         pytest.param(
             case, id=name(case), marks=[pytest.mark.slow] * (case not in quick)

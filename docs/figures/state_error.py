@@ -52,7 +52,7 @@ def by_bitsandbytes(nu):
 
 
 def statistics(ratio):
-    """The ratio of the kept √nu to the exact one: the columns of the table."""
+    """The columns of the table, from the ratios of the kept √nu to the exact one."""
     error = ratio - 1
     parts = error**2, error, ratio < 0.5, ratio > 2
     return [jnp.mean(part) for part in parts]

@@ -243,7 +243,7 @@ def not_negative(name: str, tree: Any, path: Any = (), *, wait: bool = True) -> 
         negative = (_has_negative if is_numpy else _jitted_has_negative)(leaf)
         if not isinstance(negative, Tracer) and negative:
             raise ValueError(
-                f"`{name}` must have averages of squares, got a negative one at "
+                f"`{name}` must contain averages of squares, got a negative one at "
                 f"{at(path + rest)}; restore the state that the run had"
             )
 

@@ -1,4 +1,4 @@
-"""A run of optax's own RMSprop goes on in ours: twenty more steps beside it."""
+"""A run of optax's own RMSprop goes on in ours: forty more steps beside it."""
 
 import functools
 import warnings
@@ -20,7 +20,7 @@ from optax_rmsprop import (
     scale_by_stddev,
 )
 
-HALF = 20
+HALF = 40
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32; observed: 4e-6
 PARAMS, GRADIENTS = jax.tree.map(jnp.float32, problem(2 * HALF)[:2])
 GRADIENTS = by_step(GRADIENTS)
@@ -291,7 +291,7 @@ def options_of_tx(**options):
 
 
 WITH_MOMENTUM = optax.rmsprop(0.01, momentum=0.9)
-# These are given in place of its counterpart.
+# Each is given in place of the counterpart of WITH_MOMENTUM.
 DIFFERENT = {
     "learning rate": options_of_tx(learning_rate=0.02),
     "decay": options_of_tx(decay=0.9001),
@@ -330,7 +330,7 @@ REFUSED = [
         dialects.optax(**FALLING),
         {"count": 7},
         ValueError,
-        r"`count` must be .* got 7 and 20; give the right one",
+        r"`count` must be .* got 7 and 40; give the right one",
     ),
     (
         optax.rmsprop(**FALLING),
@@ -449,7 +449,7 @@ OF_MANY = {
         OURS,
         lambda state: jax.tree.map(lambda x: x.astype(np.float16), state),
     ),
-    "`opt_state` must have averages of squares": (
+    "`opt_state` must contain averages of squares": (
         MANY,
         PLAIN,
         OURS,

@@ -1,4 +1,4 @@
-"""A damaged run is refused by the name of its part, never by an error from inside."""
+"""A damaged run is refused, and the error names the part; no error is from inside."""
 
 import collections
 import copy

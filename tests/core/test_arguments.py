@@ -657,9 +657,7 @@ def test_a_negative_average_is_refused_and_nan_is_not(centered):
         optax.tree.set(state, **{name: PARAMS | {"b": x}})
         for x in (leaf, leaf * jnp.nan)
     )
-    says = (
-        rf"`state` must have averages of squares, .* at \[0\]\.{name}\['b'\]; restore"
-    )
+    says = rf"`state` must contain averages .* at \[0\]\.{name}\['b'\]; restore"
     for of_numpy in (False, True):
         given = jax.device_get(bad) if of_numpy else bad
         with pytest.raises(ValueError, match=says):

@@ -54,7 +54,7 @@ def textbook_updates_of(arguments, scale_by, bias_correction, eps_in_sqrt):
 
 def of_textbook():
     """Second derivatives take ten seconds to compile. Forward mode is tested below."""
-    for derivatives, programs in (jax.jacrev, PROGRAMS), (jax.hessian, PROGRAMS[3:]):
+    for derivatives, programs in (jax.jacrev, PROGRAMS), (jax.hessian, PROGRAMS[1::2]):
         for program in programs:
             quick = derivatives is jax.jacrev and program is PROGRAMS[2]
             marks = [pytest.mark.slow] * (not quick)
@@ -187,7 +187,7 @@ def test_the_first_bias_corrected_centered_step():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale_by", "options", "dtype"),
-    PROGRAMS[::2],
+    PROGRAMS[1:3],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_second_derivatives_at_a_zero_gradient(scale_by, options, dtype):

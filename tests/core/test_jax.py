@@ -45,13 +45,8 @@ EVERYTHING = {
 }
 CASES = {
     "plain": {},
-    "centered": {"centered": True, "eps": 1e-2},
-    "momentum": {"momentum": 0.9},
     "weight_decay": {"weight_decay": 0.1, "decoupled_weight_decay": True},
-    "initial_scale": {"initial_scale": 1.0},
-    "bias_correction": {"bias_correction": True},
-    "schedule": {"learning_rate": falling},
-    "everything": EVERYTHING,
+    "everything": EVERYTHING | {"learning_rate": falling, "initial_scale": 1.0},
     "everything_centered": EVERYTHING | {"centered": True, "bias_correction": True},
 }
 EXTREMES = ("plain", "everything", "everything_centered")
@@ -148,7 +143,7 @@ PROMOTIONS = {
 
 @pytest.mark.parametrize(
     ("case", "promotion"),
-    [("everything_centered", "strict"), ("everything", "standard")],
+    [("everything", "strict"), ("everything_centered", "standard")],
 )
 @pytest.mark.usefixtures("x64")
 def test_dtypes(case, promotion):
@@ -531,15 +526,14 @@ def test_the_count_does_not_overflow():
     "case",
     slow_but(
         of_programs(FLAGS[:1]),
-        [
-            c
-            for c in of_programs(FLAGS)
-            if c["eps"] > 1e-3 or not starts_without_variance(c)
-        ],
+        [c for c in of_programs(FLAGS) if c["eps"] or not starts_without_variance(c)],
     ),
 )
 @pytest.mark.usefixtures("x64")
 def test_derivatives_are_right(case):
-    chex.assert_trees_all_close(
-        derivatives_of(case), difference_quotients(case), rtol=DERIVATIVE_TOLERANCE
-    )
+    found = derivatives_of(case)
+    chex.assert_tree_all_finite(found)
+    if case["eps"] > 1e-3 or not starts_without_variance(case):
+        chex.assert_trees_all_close(
+            found, difference_quotients(case), rtol=DERIVATIVE_TOLERANCE
+        )

@@ -41,7 +41,7 @@ def transcribed_cases(name):
 
 
 def rows(name, title, cases):
-    """All cases; those that are not slow have the most pairs of options."""
+    """All cases. The defaults are not slow, nor two cases with the most options."""
     cases = list(cases)
     quick = covering([case for case, _ in cases])[:2]
     for i, (case, params) in enumerate(cases):
@@ -75,7 +75,7 @@ def train(tx, steps=STEPS):
 
 
 def largest_difference(actual, expected):
-    """The largest of all parameters and steps, relative to the parameter."""
+    """The largest difference of all parameters and steps, relative to the parameter."""
     return np.max(np.abs(actual - expected) / np.maximum(np.abs(expected), 0.1))
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of small states runs, and counts bytes as it says."""
+"""The benchmarks of small states run, and count bytes as they say."""
 
 import json
 import runpy
@@ -11,13 +11,29 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+def run(script, *options):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_training_with_small_states(tmp_path):
+    pytest.importorskip("sklearn")
+    output, figure = tmp_path / "losses.json", tmp_path / "losses.png"
+    files = ("--output", output, "--figure", figure)
+    printed = run("small_state.py", "--quick", "--tasks", "probe", *files)
+    rows = json.loads(output.read_text())["rows"]
+    assert len(rows) == 10
+    assert "probe | plain | uint8 state | " in printed
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_the_cost_of_small_states(tmp_path):
     output = tmp_path / "cost.json"
-    script = [BENCHMARKS / "small_state_cost.py", "--quick", "--reps=1"]
-    command = [sys.executable, *script, f"--output={output}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run("small_state_cost.py", "--quick", "--reps", 1, "--output", output)
     rows = json.loads(output.read_text())["rows"]
     assert len(rows) == 6
     bytes_ = rows["2x4k momentum 1"]["state_bytes_a_parameter"]

@@ -1,4 +1,4 @@
-"""The documents are true: their Python blocks run, as do docstrings; links lead on."""
+"""The Python blocks and docstring examples run, and links lead to a file."""
 
 import doctest
 import importlib
