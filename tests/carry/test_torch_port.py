@@ -191,6 +191,26 @@ def linear_run(steps=3, **options):
     return model, optimizer
 
 
+@pytest.mark.parametrize(
+    ("of_weight", "of_bias", "says"),
+    [
+        ("float64", "float64", "of `weight`, float64, got float32; 64 bits need"),
+        ("float32", "float16", "of `bias`, float16, got float32"),
+    ],
+)
+def test_a_dtype_that_a_leaf_cannot_keep(of_weight, of_bias, says):
+    model = torch.nn.Linear(3, 2)
+    model.weight.data = model.weight.data.to(getattr(torch, of_weight))
+    model.bias.data = model.bias.data.to(getattr(torch, of_bias))
+    optimizer = torch.optim.RMSprop(model.parameters())
+
+    def in_one_leaf(weights):
+        return np.concatenate([np.ravel(w) for w in weights.values()])
+
+    with pytest.raises(ValueError, match=f"must keep the dtype {says}"):
+        from_torch(model, optimizer, in_one_leaf)
+
+
 def test_one_group_is_a_plain_rmsprop():
     run = from_torch(*linear_run(steps=3, momentum=0.9), linear_port)
     average, trace, _ = run.opt_state
