@@ -15,9 +15,9 @@ NEED_TORCH = {"port_from_torch", "resume_from_torch"}
 
 # Whole runs of these take a minute. `python docs/gallery.py` makes them.
 SHORTER = {
-    "port_from_torch": "--epochs=1",
-    "resume_from_torch": "--epochs=1",
-    "char_model": "--steps=100",
+    "port_from_torch": ["--epochs=1"],
+    "resume_from_torch": ["--epochs=1"],
+    "char_model": ["--steps=100"],
 }
 # The least and the greatest value of each number in the last line of a run.
 LAST_LINES = {
@@ -55,8 +55,8 @@ def test_a_run_ends_with_these_numbers(name, tmp_path):
         pytest.importorskip("torch")
     figure = tmp_path / "figure.png"
     script = [str(EXAMPLES / f"{name}.py"), *gallery_options(name)]
-    shorter = [SHORTER[name]] if name in SHORTER else []
-    command = [sys.executable, *script, *shorter, f"--output={figure}"]
+    options = [*SHORTER.get(name, []), f"--output={figure}"]
+    command = [sys.executable, *script, *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert figure.read_bytes().startswith(b"\x89PNG")

@@ -182,18 +182,18 @@ def test_bytes_a_number(dtype, limit):
 def test_what_is_small_scalar_or_of_another_shape_is_kept_as_it_is():
     params = {"large": jnp.zeros(4096), "small": jnp.zeros(4095), "scalar": 0.0}
 
-    def shapes(params, tx=rmsprop(), **options):  # noqa: B008
+    def state_of(tx, params, **options):
         return jax.eval_shape(compress_state(tx, "uint8", **options).init, params)
 
-    nu = shapes(params).inner[0].nu
+    nu = state_of(rmsprop(), params).inner[0].nu
     assert nu["large"].dtype == jnp.uint8
     assert nu["small"].dtype == nu["scalar"].dtype == jnp.float32
-    nu = shapes(params, min_size=0).inner[0].nu
+    nu = state_of(rmsprop(), params, min_size=0).inner[0].nu
     assert nu["small"].dtype == jnp.uint8
     assert nu["scalar"].dtype == jnp.float32
     # Sums by row and column, as Adafactor's, have no parameter's shape.
     factored = optax.adafactor(0.01, min_dim_size_to_factor=8)
-    assert not kept(shapes(jnp.zeros((64, 80)), factored, min_size=0))
+    assert not kept(state_of(factored, jnp.zeros((64, 80)), min_size=0))
 
 
 @in_bfloat16_first
