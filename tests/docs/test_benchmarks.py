@@ -33,7 +33,8 @@ def test_training_with_small_states(tmp_path):
 @pytest.mark.slow
 def test_the_cost_of_small_states(tmp_path):
     output = tmp_path / "cost.json"
-    run("small_state_cost.py", "--quick", "--reps", 1, "--output", output)
+    options = ("--quick", "--rounds", 1, "--reps", 1)
+    run("small_state_cost.py", *options, "--output", output)
     rows = json.loads(output.read_text())["rows"]
     assert len(rows) == 6
     bytes_ = rows["2x4k momentum 1"]["state_bytes_a_parameter"]

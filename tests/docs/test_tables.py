@@ -9,21 +9,12 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "docs" / "tables"
 
 
-def check(*options):
-    pytest.importorskip("sklearn")
-    command = [sys.executable, str(FOLDER), "--check", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.slow
 def test_the_pages_have_the_computed_tables():
-    check()
-
-
-@pytest.mark.slow
-def test_the_pages_have_the_tables_that_take_long():
-    check("losses")
+    pytest.importorskip("sklearn")
+    command = [sys.executable, str(FOLDER), "--all", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture

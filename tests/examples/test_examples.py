@@ -13,21 +13,25 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 NEED_TORCH = {"port_from_torch", "resume_from_torch"}
 
-# Whole runs of these take a minute. `python docs/gallery.py` makes them.
+# Whole runs of these take half a minute to a minute. `python docs/gallery.py` makes
+# them, and puts their last lines on its page.
 SHORTER = {
+    "digits": ["--epochs=5"],
     "port_from_torch": ["--epochs=1"],
     "resume_from_torch": ["--epochs=1"],
+    "a2c_cartpole": ["--windows=30"],
     "char_model": ["--steps=100"],
+    "efficientnet_schedule": ["--epochs=8"],
 }
 # The least and the greatest value of each number in the last line of a run.
 LAST_LINES = {
     "first_steps": [(100, 100), (0, 0.02)],
-    "digits": [(98, 100), (441, 450), (450, 450)],
+    "digits": [(95, 100), (430, 450), (450, 450)],
     "port_from_torch": [(50, 100), (50, 100), (1e-8, 2e-6)],  # observed: 3e-7
     "resume_from_torch": [(1e-8, 5e-6), (0, 1e-6)],  # observed: 8e-7 and 5e-7
-    "a2c_cartpole": [(500, 500), *[(400, 500), (0, 500), (0, 500)] * 2],
+    "a2c_cartpole": [(120, 120), *[(100, 500), (0, 500), (0, 500)] * 2],
     "char_model": [(2.5, 3.2), (1.5, 2)],
-    "efficientnet_schedule": [(90, 100), (96, 100), (96, 100)],
+    "efficientnet_schedule": [(70, 100), (80, 100), (80, 100)],
     "groups": [(90, 100), (0, 0), (5, 50), (100, 500)],
     # Bytes and losses: of float32, then in percent of each way of storing.
     "low_precision": [

@@ -107,7 +107,7 @@ def test_a_run_that_is_stopped_has_a_checkpoint_of_its_last_step(
     assert train("stopped", 5) == train("whole", 5)
 
 
-LONG = ["preemptible.py", "--steps=200", "--save-every=5"]
+LONG = ["preemptible.py", "--steps=80", "--save-every=5"]
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_killed_at_random_points_it_ends_with_the_same_bits(tmp_path):
     ends = [run(*LONG, folder) for folder in (killed, untouched)]
     assert int(ends[0][0].split()[-1]) > firsts[1]  # the second one went on, too
     assert ends[1][0] == "starting at step 0"
-    assert re.fullmatch(r"step 200: held-out .* parameters \w{16}", ends[0][-1])
+    assert re.fullmatch(r"step 80: held-out .* parameters \w{16}", ends[0][-1])
     assert ends[0][-1] == ends[1][-1]
     assert not list((tmp_path / "a").glob("*tmp*"))
 

@@ -84,8 +84,6 @@ def matrices(params):
 R = functools.partial(rmsprop, 0.01, 0.9)
 WRAPPED = {
     "plain": R(),
-    "momentum": R(momentum=0.9),
-    "nesterov": R(momentum=0.9, nesterov=True),
     "centered": R(eps=1e-2, centered=True),
     "everything": R(
         eps=1e-2,
@@ -97,8 +95,6 @@ WRAPPED = {
         maximize=True,
         bias_correction=True,
     ),
-    "initial_scale": R(initial_scale=1.0),
-    "schedule": rmsprop(optax.cosine_decay_schedule(0.01, STEPS)),
     **{
         name: wrap(functools.partial(R, momentum=0.9))
         for name, wrap in WRAPPERS.items()
@@ -107,11 +103,8 @@ WRAPPED = {
     "two groups": optax.partition({"a": R(), "b": optax.sgd(0.1)}, halves),
     "three steps": optax.MultiSteps(R(), 3).gradient_transformation(),
     "optax.adamw": optax.adamw(0.01, b2=0.99),
-    "optax.sgd": optax.sgd(0.01, momentum=0.9),
-    "optax.rmsprop": optax.rmsprop(0.01, momentum=0.9),
     "optax.adagrad": optax.adagrad(0.1),
     "optax.lion": optax.lion(0.01),
-    "optax.lamb": optax.lamb(0.01),
     "optax.adafactor": optax.adafactor(0.01, min_dim_size_to_factor=1000),
 }
 # The difference of the parameters at the end over the way that they went.
