@@ -20,7 +20,7 @@ If there are several groups, the state of each has the port's whole tree, with a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +35,7 @@ from optax_rmsprop.carry._port import Port, flattened
 from optax_rmsprop.carry._run import (
     FROZEN,
     Group,
+    InjectedState,
     Source,
     is_masked,
     probe,
@@ -61,7 +62,8 @@ class SourceArrays:
 
     Attributes:
       names: the parameters and buffers that `arrays` yields.
-      without_state: the parameters of groups that have made no update.
+      without_state: the parameters of groups whose state is that before the first
+        update. torch has none then.
     """
 
     def __init__(self, params: Any, opt_state: Any, source: Source, port: Port):
@@ -89,18 +91,30 @@ class SourceArrays:
         # port's tree, and the names of the group's parameters.
         self._slots: list[tuple[str, int, Any, set[str]]] = []
         broken: list[str] = []
-        for label, (path, state) in _group_states(opt_state, source).items():
+        found: set[str] = set()
+        states = _group_states(opt_state, source)
+        for label, (path, state) in states.items():
             group = source.groups[label]
             step, slots = _slots_of(state, path, group, self._in_numpy)
+            is_fresh = not step and all(
+                (leaf == group.initial(slot)).all()
+                for slot, tree in slots.items()
+                for leaf in jax.tree.leaves(tree)
+            )
             for slot, masked_tree in slots.items():
                 tree = _with_zeros(masked_tree, params)
                 trained = self._names_in(label, masked_tree)
+                found |= trained
                 broken += self._not_finite(slot, tree, trained)
-                if step:
-                    self._slots.append((slot, step, tree, trained))
-                else:
+                if is_fresh:
                     self.without_state |= trained
+                else:
+                    self._slots.append((slot, step, tree, trained))
         warn_of_nan(broken)
+        for name, weight in source.weights.items():
+            if weight.trained and name not in found and weight.group not in states:
+                raise _other_groups(source, states)
+        self._check_elsewhere()
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the name and the values of each parameter and buffer."""
@@ -112,6 +126,19 @@ class SourceArrays:
             for name, array in self._probed.disassemble(tree):
                 if name in names:
                     yield name, step, slot, array
+
+    def _check_elsewhere(self) -> None:
+        """Refuse to write a parameter that another optimizer trains in the source."""
+        for name, array in self.arrays() if self._source.elsewhere else ():
+            if name not in self._source.elsewhere:
+                continue
+            if not np.array_equal(array, self._source.weights[name].array()):
+                raise ValueError(
+                    f"`params` must have `{bare(name)}`, which `optimizer` does not "
+                    "train, as the model has it now, got other values, which would be "
+                    "lost or written over those of another optimizer; let the port "
+                    "leave it out, and write it with the optimizer that trains it"
+                )
 
     def _in_numpy(self, tree: Any, path: Any) -> Any:
         """A field of the state, in dtypes with which NumPy and torch calculate.
@@ -141,9 +168,15 @@ class SourceArrays:
             if not is_masked(leaf)
             for name in names
         }
+        wanted = self._source.groups[label]
         for name in sorted(found):
             group = self._source.weights[name].group
-            if group != label:
+            # `carry` joins groups of equal options, rates and steps.
+            own = self._source.groups.get(group) if group else None
+            if own is None or (own.dialect, own.options) != (
+                wanted.dialect,
+                wanted.options,
+            ):
                 where = "no group" if group is None else f"group {group}"
                 raise ValueError(
                     f"`optimizer` must have `{bare(name)}` in group {label}, as the "
@@ -178,22 +211,34 @@ class SourceArrays:
 def _group_states(opt_state: Any, source: Source) -> dict[str, tuple[Any, Any]]:
     """For each group's label, the path and the state of its transform."""
     if not isinstance(opt_state, optax.transforms.PartitionState):
-        return {"0": ((), opt_state)}
+        return {"0": _within_injected((), opt_state)}
     inner = opt_state.inner_states
     labels = inner.keys() - {FROZEN} if isinstance(inner, Mapping) else set()
-    if labels != source.groups.keys():
-        raise ValueError(
-            f"`opt_state` must have the optimizer's groups {some(source.groups)}, "
-            f"got {some(sorted(map(str, labels))) or 'none'}; make its groups like "
-            "those of the run"
-        )
+    if not labels or not labels <= source.groups.keys():
+        raise _other_groups(source, labels)
     states: dict[str, tuple[Any, Any]] = {}
-    for label in source.groups:
-        path, state = (GetAttrKey("inner_states"), DictKey(label)), inner[label]
-        states[label] = path, state
+    for label in sorted(labels):
+        path: Any = (GetAttrKey("inner_states"), DictKey(label))
+        state = inner[label]
         if hasattr(state, "inner_state"):
-            states[label] = (*path, GetAttrKey("inner_state")), state.inner_state
+            path, state = (*path, GetAttrKey("inner_state")), state.inner_state
+        states[label] = _within_injected(path, state)
     return states
+
+
+def _other_groups(source: Source, labels: Collection[Any]) -> ValueError:
+    return ValueError(
+        f"`opt_state` must have the optimizer's groups {some(source.groups)}, got "
+        f"{some(sorted(map(str, labels))) or 'none'}; make its groups like those of "
+        "the run"
+    )
+
+
+def _within_injected(path: Any, state: Any) -> tuple[Any, Any]:
+    """The path and the state of the chain, if a schedule of the momentum is around."""
+    if isinstance(state, InjectedState):
+        return (*path, GetAttrKey("inner_state")), state.inner_state
+    return path, state
 
 
 def _slots_of(

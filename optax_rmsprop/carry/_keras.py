@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optax_rmsprop import dialects
-from optax_rmsprop._errors import bare, some
+from optax_rmsprop._errors import bare, kind_of, some
 from optax_rmsprop.carry._port import Port
 from optax_rmsprop.carry._run import Group, Run, Source, Weight, carry, lazy
 from optax_rmsprop.carry._slots import KERAS_SUFFIXES
@@ -87,13 +87,15 @@ def _read(
     takes = inspect.signature(dialects.keras).parameters
     options = {name: config[name] for name in takes.keys() & config.keys()}
     rate = options.pop("learning_rate")
-    if learning_rate is None and not isinstance(rate, float):
-        raise ValueError(
-            "`learning_rate` must be given, because Keras' is a schedule, got None; "
-            "give it as an optax schedule"
-        )
+    if not isinstance(rate, float):
+        if learning_rate is None:
+            raise ValueError(
+                "`learning_rate` must be given, because Keras' is a schedule, got "
+                "None; give it as an optax schedule"
+            )
+        rate = 0.0  # the given one replaces it
     step = int(optimizer.iterations)
-    groups = {"0": Group("keras", rate, options, step)}
+    groups = {"0": Group("keras", rate, options, step, rate)}
     variables = {v.path.split("/")[-1]: v for v in optimizer.variables}
     if repeated := _repeated(v.path.split("/")[-1] for v in optimizer.variables):
         raise ValueError(
@@ -102,6 +104,7 @@ def _read(
         )
     suffixes = tuple(KERAS_SUFFIXES.values())
     unclaimed = {name for name in variables if name.endswith(suffixes)}
+    any_slots = bool(unclaimed)
     for variable in model.trainable_variables:
         stem = variable.path.replace("/", "_")
         names = {slot: f"{stem}_{suffix}" for slot, suffix in KERAS_SUFFIXES.items()}
@@ -111,16 +114,25 @@ def _read(
             if name in variables
         }
         unclaimed -= set(names.values())
-        if step and not slots:
+        # Keras makes the slots of all variables at once, before its first update and
+        # after a file without them was loaded.
+        if any_slots and not slots:
             continue
+        if (constraint := getattr(variable, "constraint", None)) is not None:
+            raise ValueError(
+                f"`{bare(variable.path)}` must have no constraint, because Keras' "
+                "optimizer applies it after each update and ours does not, got "
+                f"{kind_of(constraint)}; set its .constraint to None, and project the "
+                "parameters in JAX (optax.projections)"
+            )
         label = "0"
         # exclude_from_weight_decay can be read by this private method only.
         if options["weight_decay"] and not optimizer._use_weight_decay(variable):
             label = "1"
             without = options | {"weight_decay": None}
-            groups[label] = Group("keras", rate, without, step)
+            groups[label] = Group("keras", rate, without, step, rate)
         weights[variable.path] = weights[variable.path]._replace(
-            group=label, trained=True, slots=slots if step else None
+            group=label, trained=True, slots=slots or None
         )
     if unclaimed:
         raise ValueError(

@@ -21,10 +21,12 @@ because var = square_avg - grad_avg². `_back.py` does the reverse.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,10 +41,12 @@ from optax_rmsprop.carry._slots import (
     FIELDS,
     GRAD_AVG,
     MOMENTUM_BUFFER,
+    OF_SQUARES,
     SQUARE_AVG,
     field_value,
 )
 
+InjectedState = optax.InjectStatefulHyperparamsState
 FROZEN = "frozen"  # the label of parameters that no group trains, and of buffers
 LazyArray = Callable[[], np.ndarray]  # see `lazy`
 
@@ -54,6 +58,7 @@ class Group(NamedTuple):
     lr: float
     options: dict[str, Any]  # the dialect's other arguments
     step: int  # updates made
+    initial_lr: float  # that a scheduler multiplies
 
     @property
     def slots(self) -> list[str]:
@@ -65,9 +70,23 @@ class Group(NamedTuple):
         }
         return [slot for slot, is_needed in needed.items() if is_needed]
 
+    def initial(self, name: str) -> float:
+        """The value of a slot, or of a field of our states, before the first update."""
+        starts_at_1 = self.dialect in ("timm", "stable_baselines3")
+        return float(starts_at_1 and name in OF_SQUARES)
+
     def transform(self, learning_rate: Any) -> optax.GradientTransformationExtraArgs:
         """The optimizer in JAX."""
-        return getattr(dialects, self.dialect)(learning_rate, **self.options)
+        make = getattr(dialects, self.dialect)
+        momentum = getattr(learning_rate, "momentum", None)
+        if momentum is None:
+            return make(learning_rate, **self.options)
+
+        def with_momentum(momentum: Any) -> optax.GradientTransformationExtraArgs:
+            return make(learning_rate, **self.options | {"momentum": momentum})
+
+        dtype = jnp.result_type(float)  # not that of 16-bit parameters
+        return optax.inject_hyperparams(with_momentum, hyperparam_dtype=dtype)(momentum)
 
 
 class Run(NamedTuple):
@@ -127,12 +146,17 @@ class Source(NamedTuple):
       groups: by label.
       tied: the further names of tied weights, each with the name in `weights`.
       overlaps: pairs of weights that share a part of their memory.
+      elsewhere: parameters that train, but not by this optimizer.
+      may_have_copies: whether tied weights may be in `weights` twice, because the
+        source does not keep which share memory.
     """
 
     weights: dict[str, Weight]
     groups: dict[str, Group]
     tied: Mapping[str, str] = {}
     overlaps: Sequence[tuple[str, str]] = ()
+    elsewhere: Collection[str] = ()
+    may_have_copies: bool = False
 
     def check(self) -> None:
         """Refuse slots that do not fit the options; warn of NaN in them.
@@ -202,20 +226,50 @@ def probe(source: Source, port: Port) -> ProbedPort:
                 f"{a} and {b} must be apart in memory, or the same elements of it, but "
                 "share some; clone one of them in torch, or let the port leave it out"
             )
+    for name, twin in _copies(source, used) if source.may_have_copies else ():
+        raise ValueError(
+            f"`{bare(name)}`, which the optimizer does not have, must not be a copy of "
+            f"`{bare(twin)}`, which it trains, got equal values: if they were tied in "
+            "torch, the port must use one of them, and the function in JAX use it "
+            "twice; if not, give `trainable`, the names of the parameters that train"
+        )
     return probed
+
+
+def _copies(source: Source, used: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield each weight without a group that equals a trained one, and that one.
+
+    Weights of one value, such as 0, are equal by chance.
+    """
+    trained = collections.defaultdict(list)
+    for name in used:
+        if source.weights[name].trained:
+            trained[source.weights[name].shape].append(name)
+    for name in used:
+        weight = source.weights[name]
+        for twin in trained[weight.shape] if weight.group is None else ():
+            a, b = weight.array(), source.weights[twin].array()
+            if (
+                a.size
+                and a.dtype == b.dtype
+                and (a == b).all()
+                and (a != a.flat[0]).any()
+            ):
+                yield name, twin
 
 
 def carry(source: Source, port: Port, learning_rate: Any) -> Run:
     """Start a run in JAX with the numbers of another framework's run."""
     source.check()
     probed = probe(source, port)
+    rates = _learning_rates(learning_rate, source)
+    source = _joined(source, rates)
     labels = probed.label_tree(
         {n: weight.label for n, weight in source.weights.items()}
     )
     # An empty leaf has no source array and no label. Any group may have it.
     labels = jax.tree.map(lambda label: label or "0", labels)
     params = _params(probed, source)
-    rates = _learning_rates(learning_rate, source)
     transforms = {
         label: group.transform(rates[label]) for label, group in source.groups.items()
     }
@@ -224,15 +278,12 @@ def carry(source: Source, port: Port, learning_rate: Any) -> Run:
         tx = transforms["0"]
     else:
         tx = optax.partition(transforms | {FROZEN: optax.set_to_zero()}, labels)
-    if all(group.step for group in source.groups.values()):
-        state = jax.eval_shape(tx.init, params)  # every array in it is replaced
-    else:
-        state = tx.init(params)
+    state: Any = jax.eval_shape(tx.init, params)  # every array in it is replaced
     if is_one:
-        return Run(params, tx, _filled(state, probed, source, "0"))
+        return Run(params, tx, _filled(state, probed, source, "0", rates["0"]))
     filled = {
         label: masked._replace(
-            inner_state=_filled(masked.inner_state, probed, source, label)
+            inner_state=_filled(masked.inner_state, probed, source, label, rates[label])
         )
         for label, masked in state.inner_states.items()
         if label != FROZEN
@@ -246,7 +297,7 @@ def _params(probed: ProbedPort, source: Source) -> Any:
     leaves = []
     for number, path in enumerate(probed.paths):
         leaf = probed.assemble(number, lambda name: source.weights[name].array())
-        array = jnp.array(leaf)
+        array = jax.device_put(leaf)
         for name in probed.sources[number]:
             wanted = source.weights[name].array().dtype
             if array.dtype != wanted:
@@ -259,47 +310,123 @@ def _params(probed: ProbedPort, source: Source) -> Any:
     return probed.unflatten(leaves)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Adapted:
+    """A schedule for one group of several: multiplied, and with the count of the run.
+
+    Attributes:
+      schedule: the user's, called with the number of updates of the run.
+      factor: the group's rate, if the schedule multiplies it.
+      behind: the updates that the run has made and the group, added later, has not.
+    """
+
+    schedule: Callable[[Any], Any]
+    factor: float
+    behind: int
+
+    def __call__(self, count: Any) -> Any:
+        return self.factor * self.schedule(count + self.behind)
+
+    @property
+    def momentum(self) -> Any:
+        momentum = getattr(self.schedule, "momentum", None)
+        return momentum and _Adapted(momentum, 1.0, self.behind)
+
+
 def _learning_rates(learning_rate: Any, source: Source) -> dict[str, Any]:
-    if learning_rate is None:
-        return {label: group.lr for label, group in source.groups.items()}
-    if not isinstance(learning_rate, list | tuple):
-        return dict.fromkeys(source.groups, learning_rate)
-    if len(learning_rate) != len(source.groups):
-        raise ValueError(
-            f"`learning_rate` must have one for each of {len(source.groups)} groups, "
-            f"got {len(learning_rate)}; give as many, or one for all"
-        )
-    return dict(zip(source.groups, learning_rate, strict=True))
+    """For each group's label its rate: a number, or a schedule of the group's count."""
+    groups = source.groups
+    rates: dict[str, Any] = {label: group.lr for label, group in groups.items()}
+    factors = dict.fromkeys(groups, 1.0)
+    if isinstance(learning_rate, list | tuple):
+        if len(learning_rate) != len(groups):
+            raise ValueError(
+                f"`learning_rate` must have one for each of {len(groups)} groups, got "
+                f"{len(learning_rate)}; give as many, or one for all"
+            )
+        rates = dict(zip(groups, learning_rate, strict=True))
+    elif learning_rate is not None:
+        bases = {label: group.initial_lr for label, group in groups.items()}
+        if len({*rates.values()}) > 1 or len({*bases.values()}) > 1:
+            if not callable(learning_rate):
+                raise ValueError(
+                    f"`learning_rate` must be a list of one for each of {len(groups)} "
+                    f"groups, whose rates differ, got {shown(learning_rate)}; or give "
+                    "a schedule, by which the rate of each is multiplied"
+                )
+            factors = bases
+        rates = dict.fromkeys(groups, learning_rate)
+    last = max(group.step for group in groups.values())
+    for label, group in groups.items():
+        adapted = _Adapted(rates[label], factors[label], last - group.step)
+        if callable(rates[label]) and (adapted.factor != 1 or adapted.behind):
+            rates[label] = adapted
+    return rates
 
 
-def _filled(state: Any, probed: ProbedPort, source: Source, label: str) -> Any:
+def _joined(source: Source, rates: Mapping[str, Any]) -> Source:
+    """The source, with one group in place of groups that are the same in all they do.
+
+    A run may have a thousand groups of one parameter each, and every group of
+    `optax.partition` goes through the whole tree.
+    """
+    first: dict[Any, str] = {}
+    label_of = {}
+    for label, group in source.groups.items():
+        rate = rates[label]
+        if isinstance(rate, _Adapted):
+            rate = id(rate.schedule), rate.factor, rate.behind
+        elif not isinstance(rate, int | float):
+            rate = id(rate)
+        key = group.dialect, tuple(sorted(group.options.items())), group.step, rate
+        label_of[label] = first.setdefault(key, label)
+    weights = {
+        name: weight._replace(group=label_of[weight.group]) if weight.group else weight
+        for name, weight in source.weights.items()
+    }
+    groups = {label: source.groups[label] for label in first.values()}
+    return source._replace(weights=weights, groups=groups)
+
+
+def _filled(
+    state: Any, probed: ProbedPort, source: Source, label: str, rate: Any
+) -> Any:
     """The state of one group's transform, with the source's numbers."""
-    step = source.groups[label].step
-    if not step:
-        return state
+    group = source.groups[label]
 
     def filled(field: str, like: Any) -> Any:
         def array_of(name: str) -> np.ndarray:
-            return field_value(field, source.weights[name].slots or {})
+            weight = source.weights[name]
+            if weight.slots is None:
+                return np.full(weight.shape, group.initial(field), np.float32)
+            return field_value(field, weight.slots)
 
         leaves = jax.tree.leaves(like, is_leaf=is_masked)
         for number, old in enumerate(leaves):
             if not is_masked(old):
                 leaf = probed.assemble(number, array_of)
-                leaves[number] = jnp.array(leaf, old.dtype)
+                leaves[number] = jax.device_put(leaf.astype(old.dtype, copy=False))
         return probed.unflatten(leaves)
 
-    parts = []
-    for part in state:
+    def part_of(part: Any) -> Any:
         new = {
             field: filled(field, getattr(part, field))
             for field in part._fields
             if field in FIELDS
         }
         if "count" in part._fields:
-            new["count"] = jnp.asarray(step, part.count.dtype)
-        parts.append(part._replace(**new))
-    return tuple(parts)
+            new["count"] = jnp.asarray(group.step, part.count.dtype)
+        return part._replace(**new)
+
+    if not isinstance(state, InjectedState):
+        return tuple(map(part_of, state))
+    momentum = jnp.asarray(
+        rate.momentum(group.step), state.hyperparams["momentum"].dtype
+    )
+    counts = state.count, state.hyperparams_states
+    count, states = jax.tree.map(lambda x: jnp.asarray(group.step, x.dtype), counts)
+    inner = tuple(map(part_of, state.inner_state))
+    return InjectedState(count, {"momentum": momentum}, states, inner)
 
 
 def is_masked(leaf: Any) -> bool:

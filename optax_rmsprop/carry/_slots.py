@@ -23,6 +23,7 @@ KERAS_SUFFIXES = {
 }
 _SAME = {"nu": SQUARE_AVG, "mu": GRAD_AVG, "trace": MOMENTUM_BUFFER}
 FIELDS = {*_SAME, "var"}  # of our states
+OF_SQUARES = {SQUARE_AVG, "nu", "var"}
 
 
 def field_value(

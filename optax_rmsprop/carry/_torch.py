@@ -9,7 +9,7 @@ function moves each slot of the optimizer, in both directions.
 
 from __future__ import annotations  # so that help() shows these types by name
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optax_rmsprop.carry._back import SourceArrays
@@ -27,21 +27,31 @@ def from_torch(
     optimizer: torch.optim.Optimizer,
     port: Port,
     learning_rate: Any = None,
+    *,
+    dialect: str | None = None,
 ) -> Run:
     """Carry a model and its RMSprop from torch to JAX.
 
     Args:
       model: has all of the optimizer's parameters. It is not changed.
-      optimizer: a `torch.optim.RMSprop`, or the `RMSpropTF` of timm, before its first
-        step or after any.
+      optimizer: a `torch.optim.RMSprop`, timm's `RMSpropTF` or Stable-Baselines3's
+        `RMSpropTFLike`, before its first step or after any. A subclass must inherit
+        its step.
       port: a function from a dict of NumPy arrays, the model's state_dict, to a tree
         of arrays. It must use each element of each trained parameter once. It may leave
         out the rest: frozen parameters, buffers, further names of tied parameters.
         (Names are tied if they are the same elements of the same memory.) The arrays
         in one leaf must be of one parameter group.
-      learning_rate: replaces torch's: a number, an optax schedule of the number of
-        updates made (torch's included), or a list with one of these for each group. By
-        default it is the group's present one, and constant from now on.
+      learning_rate: replaces torch's. By default it is the group's present one, and
+        constant from now on. Otherwise a list with a number or a schedule for each
+        group, such as `schedule_of` makes; or one number or schedule, if all groups
+        have one rate. If their rates differ, one schedule multiplies the rate of each
+        (its `initial_lr`, if a torch scheduler has set that, or else its present lr).
+        Schedules are functions of the number of updates that the run has made, torch's
+        included, also for a group that was added later. If a schedule has an attribute
+        `momentum` that is not None, this is the schedule of the momentum.
+      dialect: "torch", "timm" or "stable_baselines3", for an optimizer of another class
+        whose step is the one of these.
 
     Returns:
       A `Run`. Its optimizer does not change leaves that no group trains, nor leaves
@@ -76,7 +86,7 @@ def from_torch(
     References:
       torch/optim/rmsprop.py (2.13.0); timm/optim/rmsprop_tf.py (1.0.31).
     """
-    return carry(read(model, optimizer), port, learning_rate)
+    return carry(read(model, optimizer, dialect), port, learning_rate)
 
 
 def from_torch_checkpoint(
@@ -85,23 +95,29 @@ def from_torch_checkpoint(
     port: Port,
     names: Sequence[str] | None = None,
     learning_rate: Any = None,
+    *,
+    trainable: Collection[str] | None = None,
+    dialect: str | None = None,
 ) -> Run:
     """Carry a saved run from torch to JAX, without the class of its model.
 
     Args:
       model: the model's state_dict.
-      optimizer: the state_dict of torch's RMSprop or timm's RMSpropTF. A state_dict
-        does not tell the optimizer's class. So one of another class with the same
-        options, such as Stable-Baselines3's RMSpropTFLike, is taken for torch's.
+      optimizer: the state_dict of one of the optimizers of `from_torch`.
       port: as in `from_torch`.
       names: the names of the optimizer's parameters, in its order. By default they are
         the checkpoint's own. It has them if the optimizer was made from
         `model.named_parameters()`.
       learning_rate: as in `from_torch`.
+      trainable: the names of the parameters that train. By default it is all that the
+        optimizer has, but those without a state although others of their group have
+        one. It must be given if a group has no state and another has.
+      dialect: as in `from_torch`. A state_dict does not name the optimizer's class: its
+        options show timm's and, from torch 1.12, torch's. Otherwise it must be given.
 
     Returns:
-      A `Run`. Its optimizer does not change parameters that the saved optimizer lacks,
-      nor those without a state although others of their group have one.
+      A `Run`. Its optimizer does not change parameters that do not train or that the
+      saved optimizer lacks.
 
     Raises:
       KeyError, TypeError, ValueError: as `from_torch`; or names are missing, repeated
@@ -130,7 +146,8 @@ def from_torch_checkpoint(
     References:
       See `from_torch`.
     """
-    return carry(read_checkpoint(model, optimizer, names), port, learning_rate)
+    source = read_checkpoint(model, optimizer, names, trainable, dialect)
+    return carry(source, port, learning_rate)
 
 
 def to_torch(
@@ -139,6 +156,8 @@ def to_torch(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     port: Port,
+    *,
+    dialect: str | None = None,
 ) -> None:
     """Carry a run back: write parameters and optimizer state into torch's, in place.
 
@@ -148,6 +167,7 @@ def to_torch(
       model: the model given to `from_torch`, or one like it.
       optimizer: likewise. Its learning rates do not change.
       port: the port given to `from_torch`.
+      dialect: as in `from_torch`.
 
     Raises:
       KeyError, TypeError, ValueError: as `from_torch`; or parameters or state do not
@@ -169,5 +189,5 @@ def to_torch(
     References:
       See `from_torch`.
     """
-    source = read(model, optimizer)
+    source = read(model, optimizer, dialect)
     write(model, optimizer, SourceArrays(params, opt_state, source, port))

@@ -27,26 +27,24 @@ from optax_rmsprop.carry._torch_memory import address, overlaps, problem
 if TYPE_CHECKING:
     import torch
 
-# The options of a group that change numbers, except lr. Checkpoints of older versions
-# lack some of them; torch and timm then take these values.
-TORCH_DEFAULTS: dict[str, bool | float] = {
-    "alpha": 0.99,
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "momentum": 0.0,
-    "centered": False,
-    "maximize": False,
+# The options of a group that change numbers. Checkpoints of older versions lack those
+# with a value here, by which newer versions do the same.
+COMMON = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
+ONLY_TIMM = ("decoupled_decay", "lr_in_momentum")
+OPTIONS: dict[str, dict[str, bool]] = {
+    "torch": {"maximize": False},
+    "timm": {"corrected_weight_decay": False, "caution": False},
+    "stable_baselines3": {},
 }
-TIMM_DEFAULTS: dict[str, bool | float] = {
-    "alpha": 0.9,
-    "eps": 1e-10,
-    "weight_decay": 0.0,
-    "momentum": 0.0,
-    "centered": False,
-    "decoupled_decay": False,
-    "corrected_weight_decay": False,
-    "lr_in_momentum": True,
-    "caution": False,
+FLAGS = {"centered", *ONLY_TIMM, *OPTIONS["torch"], *OPTIONS["timm"]}
+# The functions that make an update, by module and name, and the dialects they follow.
+STEPS = {
+    ("torch.optim.rmsprop", "RMSprop.step"): "torch",
+    ("timm.optim.rmsprop_tf", "RMSpropTF.step"): "timm",
+    (
+        "stable_baselines3.common.sb2_compat.rmsprop_tf_like",
+        "RMSpropTFLike.step",
+    ): "stable_baselines3",
 }
 # The dtypes that `Tensor.numpy` converts, and bfloat16.
 IN_NUMPY = {
@@ -65,7 +63,11 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Source:
+def read(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dialect: str | None = None,
+) -> Source:
     """Read a live model and optimizer."""
     import torch
 
@@ -74,7 +76,7 @@ def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Source:
             f"`model` must be a torch.nn.Module, got {kind_of(model)}; "
             "from_torch_checkpoint takes state_dicts"
         )
-    _check_class(optimizer)
+    dialect = _class_dialect(optimizer, dialect)
     names: dict[Any, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, name)
@@ -90,15 +92,27 @@ def read(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Source:
     frozen = {name for p, name in names.items() if not p.requires_grad}
     groups, states = optimizer.param_groups, optimizer.state
     check_groups(groups, states)
-    return _source(tensors_of(model), groups, states, name_of, frozen)
+    # timm up to 1.0.30 reads this, and later versions copy it into each group.
+    made_with = {"max_lr_snapshot": getattr(optimizer, "defaults", {}).get("lr")}
+    options = [made_with | group for group in groups]
+    source = _source(tensors_of(model), options, states, name_of, dialect, frozen)
+    elsewhere = {
+        name
+        for name in names.values()
+        if name not in frozen and (w := source.weights.get(name)) and w.group is None
+    }
+    return source._replace(elsewhere=elsewhere)
 
 
 def read_checkpoint(
     model: Mapping[str, torch.Tensor],
     optimizer: Mapping[str, Any],
     names: Sequence[str] | None,
+    trainable: Collection[str] | None = None,
+    dialect: str | None = None,
 ) -> Source:
     """Read the state_dicts of a model and an optimizer."""
+    _check_dialect(dialect)
     for argument, value in (("model", model), ("optimizer", optimizer)):
         if not isinstance(value, Mapping):
             raise TypeError(
@@ -130,18 +144,78 @@ def read_checkpoint(
     keys = [key for group in groups for key in group["params"]]
     check_names(names, len(keys), tensors)
     name_of = dict(zip(keys, names, strict=True)).__getitem__
-    return _source(tensors, groups, states, name_of)
+    frozen = _frozen(groups, states, name_of, trainable)
+    chosen = trainable or ()
+    source = _source(tensors, groups, states, name_of, dialect, frozen, chosen)
+    return source._replace(may_have_copies=trainable is None)
 
 
-def _check_class(optimizer: Any) -> None:
-    import torch
-
-    is_timm = any(kind.__name__ == "RMSpropTF" for kind in type(optimizer).__mro__)
-    if not is_timm and not isinstance(optimizer, torch.optim.RMSprop):
+def _frozen(
+    groups: Sequence[Mapping[str, Any]],
+    states: Mapping[Any, Mapping[str, Any]],
+    name_of: Callable[[Any], str],
+    trainable: Collection[str] | None,
+) -> set[str]:
+    """The optimizer's parameters that do not train, which a checkpoint does not say."""
+    members = [list(map(name_of, group["params"])) for group in groups]
+    if trainable is None:
+        steps = [any(states.get(key) for key in group["params"]) for group in groups]
+        for label, stepped in enumerate(steps):
+            if members[label] and not stepped and any(steps):
+                raise ValueError(
+                    f"`trainable` must be given, because group {label} of `optimizer`, "
+                    f"which has {some(map(bare, members[label]))}, has no state and "
+                    "another group has one, got None; give the names of all "
+                    "parameters that train: those of this group do not if they were "
+                    "frozen, and do if it was added after the last step"
+                )
+        return set()
+    if isinstance(trainable, str) or not isinstance(trainable, Collection):
         raise TypeError(
-            "`optimizer` must be a torch.optim.RMSprop or timm's RMSpropTF, got "
-            f"{kind_of(optimizer)}; its state means something else"
+            f"`trainable` must be a list of names, got {shown(trainable)}; give those "
+            "of the parameters that train"
         )
+    known = {name for group in members for name in group}
+    if unknown := [name for name in trainable if name not in known]:
+        raise ValueError(
+            "`trainable` must be names of the optimizer's parameters, got "
+            f"{some(map(str, unknown))}; it has {some(map(bare, known))}"
+        )
+    return known.difference(trainable)
+
+
+def _check_dialect(dialect: str | None) -> None:
+    if dialect is not None and dialect not in OPTIONS:
+        raise ValueError(
+            f"`dialect` must be {some(map(repr, OPTIONS), ' or ')}, got "
+            f"{shown(dialect)}; leave it out for the classes of these packages"
+        )
+
+
+def _class_dialect(optimizer: Any, dialect: str | None) -> str:
+    """The dialect of an optimizer: the given one, or that of its class.
+
+    A class is known by the module of its step, which a subclass may inherit.
+    """
+    _check_dialect(dialect)
+    for inner in ("optimizer", "optim"):
+        if hasattr(wrapped := getattr(optimizer, inner, None), "param_groups"):
+            raise TypeError(
+                f"`optimizer` must be the one that steps, got {kind_of(optimizer)}, "
+                f"which wraps a {kind_of(wrapped)}; give its .{inner}"
+            )
+    if dialect is not None:
+        return dialect
+    step = getattr(type(optimizer), "step", None)
+    where = getattr(step, "__module__", ""), getattr(step, "__qualname__", "")
+    if where not in STEPS:
+        raise TypeError(
+            "`optimizer` must be a torch.optim.RMSprop, timm's RMSpropTF or "
+            f"Stable-Baselines3's RMSpropTFLike, got {kind_of(optimizer)}; its state "
+            "may mean something else: if its step is that of one of these, say which: "
+            f"dialect={some(map(repr, OPTIONS), ' or ')}"
+        )
+    return STEPS[where]
 
 
 def _source(
@@ -149,9 +223,15 @@ def _source(
     groups: Sequence[Mapping[str, Any]],
     states: Mapping[Any, Mapping[str, Any]],
     name_of: Callable[[Any], str],
+    dialect: str | None,
     frozen: Collection[str] = (),
+    trainable: Collection[str] = (),
 ) -> Source:
-    """Put together what was read from a live run or from a checkpoint."""
+    """Put together what was read from a live run or from a checkpoint.
+
+    Without a dialect, the options of a group show it. Parameters that are neither
+    frozen nor trainable train if they have a state, or if none of their group has.
+    """
     weights = {
         name: Weight(_shape(tensor), lazy(_to_numpy, bare(name), tensor))
         for name, tensor in tensors.items()
@@ -172,12 +252,11 @@ def _source(
             group_states[name] = states.get(parameter)
             owned.add(parameter)
         steps = [_step(name, state) for name, state in group_states.items() if state]
-        step = max(steps, default=0)
-        read_groups[label] = _group(label, group, step)
+        read_groups[label] = _group(label, group, dialect, max(steps, default=0))
         for name, state in group_states.items():
-            # torch makes a state at the first gradient. A parameter without one, in a
-            # group that has made updates, does not train.
-            if name not in frozen and (state or not step):
+            # torch makes a state at the first gradient. Unless the user says otherwise,
+            # a parameter without one, in a group that has some, does not train.
+            if name in trainable or (name not in frozen and (state or not steps)):
                 weights[name] = weights[name]._replace(
                     trained=True, slots=_slots(name, state) if state else None
                 )
@@ -249,28 +328,82 @@ def _step(name: str, state: Mapping[str, Any]) -> int:
     return int(step)
 
 
-def _group(label: str, group: Mapping[str, Any], step: int) -> Group:
-    if not {"lr", "alpha", "centered", "momentum"} <= group.keys():
-        others = (name for name in group if name != "params")
-        raise TypeError(
-            f"`optimizer` must be an RMSprop, but its group {label} has the options "
-            f"{some(others)}; its state means something else"
-        )
-    dialect = "timm" if "lr_in_momentum" in group else "torch"
-    defaults = TIMM_DEFAULTS if dialect == "timm" else TORCH_DEFAULTS
-    options = {name: group.get(name, default) for name, default in defaults.items()}
-    options["lr"] = group["lr"]
+def _group(
+    label: str, group: Mapping[str, Any], dialect: str | None, step: int
+) -> Group:
+    others = [name for name in group if name not in ("params", "max_lr_snapshot")]
+
+    def require(names: Sequence[str], what: str) -> None:
+        if missing := [name for name in names if name not in group]:
+            raise TypeError(
+                f"`optimizer` must be {what}, but its group {label} lacks "
+                f"{some(missing)}, got the options {some(others)}; its state means "
+                "something else"
+            )
+
+    require(COMMON, "an RMSprop")
+    dialect = dialect or _group_dialect(label, group, others)
+    required = COMMON + (ONLY_TIMM if dialect == "timm" else ())
+    require(required, f"an RMSprop of {dialect}")
+    options = {name: group[name] for name in required}
+    options |= {name: group.get(name, off) for name, off in OPTIONS[dialect].items()}
+    options["initial_lr"] = group.get("initial_lr", group["lr"])
     if options.get("corrected_weight_decay"):
-        options["max_lr"] = group.get("max_lr_snapshot", group["lr"])
+        options["max_lr"] = _max_lr(label, group)
     for name, value in options.items():
         where = f"`{name}` of group {label} of `optimizer`"
-        if not isinstance(defaults.get(name), bool):
+        if name not in FLAGS:
             options[name] = finite(where, value)
         elif not isinstance(value, bool | np.bool_):
             raise TypeError(
                 f"{where} must be True or False, got {shown(value)}; {AS_TRAINED}"
             )
-    return Group(dialect, options.pop("lr"), options, step)
+    _check_decay(label, group, options)
+    rates = options.pop("lr"), options.pop("initial_lr")
+    return Group(dialect, rates[0], options, step, rates[1])
+
+
+def _group_dialect(label: str, group: Mapping[str, Any], others: list[str]) -> str:
+    """The dialect of a group in a checkpoint, which does not name its class."""
+    is_timm = [name in group for name in ONLY_TIMM]
+    if all(is_timm):
+        return "timm"
+    since_1_12 = ("maximize", "foreach", "capturable", "differentiable")
+    if not any(is_timm) and any(name in group for name in since_1_12):
+        return "torch"
+    raise ValueError(
+        "`dialect` must be given, because several classes have the options of group "
+        f"{label} of `optimizer`, got {some(others)}; give 'torch' for a "
+        "torch.optim.RMSprop of torch up to 1.11, 'stable_baselines3' for its "
+        "RMSpropTFLike"
+    )
+
+
+def _max_lr(label: str, group: Mapping[str, Any]) -> Any:
+    """The rate by which timm's corrected decay divides."""
+    rate = group.get("max_lr_snapshot")
+    if rate is None:
+        raise ValueError(
+            f"`max_lr_snapshot` must be in group {label} of `optimizer`, because "
+            "corrected_weight_decay divides by it, got none: timm up to 1.0.30 does "
+            "not save it; set group['max_lr_snapshot'] to the lr that RMSpropTF was "
+            "made with"
+        )
+    return rate
+
+
+def _check_decay(
+    label: str, group: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Refuse a decay that timm up to 0.4 does not multiply by the learning rate."""
+    decoupled = options.get("decoupled_decay") and options["weight_decay"]
+    if decoupled and "corrected_weight_decay" not in group:
+        raise ValueError(
+            f"`corrected_weight_decay` must be in group {label} of `optimizer`, "
+            "because its decay is decoupled, got none: timm up to 0.4 subtracts "
+            "weight_decay * p, which has no counterpart here, later versions lr * "
+            "weight_decay * p; set group['corrected_weight_decay'] = False for these"
+        )
 
 
 def _to_numpy(name: str, tensor: torch.Tensor) -> np.ndarray:

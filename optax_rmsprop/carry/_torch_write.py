@@ -94,8 +94,8 @@ def _state(
                 device = parameter.device if parameter in capturable else "cpu"
                 own[parameter] = dict(state.get(parameter, {}))
                 own[parameter]["step"] = _step(step, device)
-            new = _to_tensor(array).to(parameter.device, parameter.dtype)
-            own[parameter][slot] = new
+            new = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            own[parameter][slot] = new.copy_(_to_tensor(array))
     state.update(own)
     return state
 

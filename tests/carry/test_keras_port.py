@@ -98,6 +98,41 @@ def test_one_that_has_not_stepped():
     assert not nu["dense"]["kernel"].any()
 
 
+def test_slots_are_carried_whatever_the_step():
+    """`iterations.assign(0)` leaves them in Keras."""
+    run = json.loads(json.dumps(RECORD["runs"][0]))
+    run["half"]["iterations"] = 0
+    chain, expected = (
+        carried(r).opt_state.inner_states["0"].inner_state
+        for r in (run, RECORD["runs"][0])
+    )
+    assert chain[0].count == 0
+    nu = chain[0].nu["dense"]["kernel"]
+    assert nu.any()
+    np.testing.assert_array_equal(nu, expected[0].nu["dense"]["kernel"])
+
+
+def test_steps_without_slots():
+    """A model of a file without the optimizer's variables: Keras makes them anew."""
+    run = json.loads(json.dumps(RECORD["runs"][0]))
+    run["half"]["variables"] = []
+    params, tx, state = carried(run, 1.0)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, state = tx.update(grads, state, params)
+    assert state.inner_states["0"].inner_state[0].count == RECORD["half"] + 1
+    rho = run["half"]["config"]["rho"]
+    first = -1 / np.sqrt(1 - rho + run["half"]["config"]["epsilon"])
+    np.testing.assert_allclose(updates["dense"]["bias"], first, rtol=1e-5)
+
+
+def test_a_constraint_is_refused():
+    half = RECORD["runs"][0]["half"]
+    model = Model(half)
+    model.trainable_variables[0].constraint = max
+    with pytest.raises(ValueError, match=r"must have no constraint, .* set its .const"):
+        from_keras(model, RMSprop(half), port)
+
+
 def test_a_schedule_of_keras_must_be_given():
     run = json.loads(json.dumps(RECORD["runs"][0]))
     run["half"]["config"]["learning_rate"] = {"class_name": "CosineDecay"}

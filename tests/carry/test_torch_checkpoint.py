@@ -94,7 +94,9 @@ def test_a_checkpoint_of_an_old_torch():
     (group,) = loaded["optimizer"]["param_groups"]
     for option in ("maximize", "foreach", "capturable", "differentiable"):
         del group[option]
-    run = from_torch_checkpoint(loaded["model"], loaded["optimizer"], port, NAMES)
+    run = from_torch_checkpoint(
+        loaded["model"], loaded["optimizer"], port, NAMES, dialect="torch"
+    )
     same(run, from_torch(model, optimizer, port))
 
 
@@ -288,6 +290,12 @@ def test_what_stayed_put_gets_no_state_in_another_optimizer():
 
 class RMSpropTF(torch.optim.Optimizer):
     """In the place of timm's, whose state and options are recorded."""
+
+    def step(self):
+        raise NotImplementedError
+
+
+RMSpropTF.step.__module__ = "timm.optim.rmsprop_tf"
 
 
 def recorded_timm():

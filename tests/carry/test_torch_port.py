@@ -394,7 +394,7 @@ def test_both_names_of_tied_weights():
 def test_another_optimizer():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(
-        TypeError, match=r"must be a torch\.optim\.RMSprop .*, got an Adam"
+        TypeError, match=r"must be a torch\.optim\.RMSprop, .*, got an Adam"
     ):
         from_torch(model, torch.optim.Adam(model.parameters()), linear_port)
 
@@ -709,7 +709,7 @@ def test_no_step_takes_the_state_away():
 def unlike(model):
     """Optimizers whose groups are not those of a run with weight | bias."""
     weight, bias = model.parameters()
-    swapped = [{"params": [bias]}, {"params": [weight]}]
+    swapped = [{"params": [bias], "weight_decay": 0.1}, {"params": [weight]}]
     yield (
         torch.optim.RMSprop(swapped),
         "have `weight` in group 0, as the run has, got it in group 1",
@@ -723,7 +723,8 @@ def unlike(model):
 def test_an_optimizer_with_other_groups(number):
     model, _ = linear_run()
     weight, bias = model.parameters()
-    optimizer = torch.optim.RMSprop([{"params": [weight]}, {"params": [bias]}])
+    decaying = {"params": [weight], "weight_decay": 0.1}
+    optimizer = torch.optim.RMSprop([decaying, {"params": [bias]}])
     train_in_torch(model, optimizer, gradients_of(model, 2, seed=0))
     run = from_torch(model, optimizer, linear_port)
     other, text = list(unlike(model))[number]
