@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from optax_rmsprop._errors import kind_of, some
+from optax_rmsprop._errors import kind_of, some, trees
 from optax_rmsprop.carry._run import Run
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def to_nnx(run: Run, model: nnx.Module, wrt: Any = None) -> nnx.Optimizer:
 
     Raises:
       TypeError: the run or the model is of another kind.
-      ValueError: names or shapes differ.
+      ValueError: names or shapes differ; the state is not of the run's `tx`.
 
     Example:
       >>> import torch
@@ -89,6 +89,13 @@ def to_nnx(run: Run, model: nnx.Module, wrt: Any = None) -> nnx.Optimizer:
     wrt = nnx.Param if wrt is None else wrt
     variables = nnx.state(model, wrt)
     _check(named(run.params), named(variables))
+    made: Any = jax.tree.structure(jax.eval_shape(run.tx.init, run.params))
+    given: Any = jax.tree.structure(run.opt_state)
+    if given != made:
+        raise ValueError(
+            f"`run` must have a state of its own `tx`: {trees(given, made)}; give what "
+            "from_torch returned"
+        )
     to_run, to_model = translator(run.params), translator(variables)
 
     def init_fn(params: Any) -> Any:

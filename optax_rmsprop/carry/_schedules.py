@@ -77,6 +77,8 @@ def schedule_of(
       scheduler: any of torch.optim.lr_scheduler, or a subclass of `LRScheduler`, whose
         rates depend on its step only. If several schedulers take turns at one
         optimizer, join them in a `SequentialLR`.
+        A wrapper may step it more often than once an update, as accelerate does in
+        several processes: then give one that is made to step once.
       steps: the length of the table: how often the run still calls scheduler.step().
         Afterwards the last rate stays.
       every: the number of updates between two calls of scheduler.step(), for a

@@ -155,3 +155,10 @@ def test_other_kinds_are_refused():
         to_nnx(tuple(small_run()), Model())
     with pytest.raises(TypeError, match=r"`model` must be an nnx\.Module, got a Dense"):
         to_nnx(small_run(), linen.Dense(3))
+
+
+def test_the_state_of_another_transformation_is_refused():
+    run = small_run()
+    other = run._replace(opt_state=optax.sgd(0.1).init(run.params))
+    with pytest.raises(ValueError, match="`run` must have a state of its own"):
+        to_nnx(other, nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
