@@ -7,13 +7,16 @@ and its state. `_slots.py` has the names of the slots in each framework. The use
 says how weights move; `_port.py` probes it, so that the same function moves every slot.
 `_back.py` reverses all of that for `to_torch`. `_optax.py` converts a state of optax's
 own RMSprop, which needs no port. `torch_layers` has ports of torch's usual layers.
+`_schedules.py` tabulates torch's schedulers; `_flax.py` goes on in Flax NNX.
 torch and Keras are imported only here, and only when one of these functions is called.
 """
 
 from optax_rmsprop.carry import torch_layers
+from optax_rmsprop.carry._flax import to_nnx
 from optax_rmsprop.carry._keras import from_keras
 from optax_rmsprop.carry._optax import from_optax
 from optax_rmsprop.carry._run import Run
+from optax_rmsprop.carry._schedules import schedule_of
 from optax_rmsprop.carry._torch import from_torch, from_torch_checkpoint, to_torch
 
 __all__ = [
@@ -22,6 +25,8 @@ __all__ = [
     "from_optax",
     "from_torch",
     "from_torch_checkpoint",
+    "schedule_of",
+    "to_nnx",
     "to_torch",
     "torch_layers",
 ]
