@@ -81,6 +81,12 @@ class Group(NamedTuple):
         momentum = getattr(learning_rate, "momentum", None)
         if momentum is None:
             return make(learning_rate, **self.options)
+        if MOMENTUM_BUFFER not in self.slots:
+            raise ValueError(
+                "`learning_rate` must have a momentum of None for a group without "
+                "momentum, whose state has no buffer for it, got a schedule; begin the "
+                "run with a momentum above 0"
+            )
 
         def with_momentum(momentum: Any) -> optax.GradientTransformationExtraArgs:
             return make(learning_rate, **self.options | {"momentum": momentum})
@@ -277,7 +283,9 @@ def carry(source: Source, port: Port, learning_rate: Any) -> Run:
     if is_one:
         tx = transforms["0"]
     else:
-        tx = optax.partition(transforms | {FROZEN: optax.set_to_zero()}, labels)
+        # A function, because labels in the form of an Equinox model are callable.
+        all_transforms = transforms | {FROZEN: optax.set_to_zero()}
+        tx = optax.partition(all_transforms, lambda _: labels)
     state: Any = jax.eval_shape(tx.init, params)  # every array in it is replaced
     if is_one:
         return Run(params, tx, _filled(state, probed, source, "0", rates["0"]))

@@ -134,10 +134,15 @@ def schedule_of(
                 f"{table[number, step]} after {step} steps of the scheduler; repair "
                 "it in torch, or give fewer `steps`"
             )
-    return [
-        Schedule(rate, momentum if np.ptp(momentum) else None, start, every)
-        for rate, momentum in zip(rates, momenta, strict=True)
-    ]
+    # Equal tables are one object: so `from_torch` sees which groups do the same.
+    made: dict[bytes, Schedule] = {}
+    schedules = []
+    for rate, momentum in zip(rates, momenta, strict=True):
+        cycled = momentum if np.ptp(momentum) else None
+        table = rate.tobytes() + (b"" if cycled is None else cycled.tobytes())
+        schedule = Schedule(rate, cycled, start, every)
+        schedules.append(made.setdefault(table, schedule))
+    return schedules
 
 
 def _positive(name: str, value: Any, remedy: str) -> int:

@@ -200,12 +200,7 @@ class EquinoxModel(eqx.Module):
         return self.out(jnp.tanh(self.hidden(x)))
 
 
-# optax.partition takes a label tree in the form of a callable model for a function.
-@pytest.mark.parametrize(
-    "groups",
-    [GROUPS["one"], pytest.param(GROUPS["two"], marks=pytest.mark.xfail)],
-    ids=GROUPS,
-)
+@in_every_case
 def test_equinox(groups):
     source, source_optimizer = torch_run(groups)
     arrays, static = eqx.partition(EquinoxModel(), eqx.is_inexact_array)
