@@ -85,8 +85,7 @@ def test_the_names_of_before_are_those_of_the_rooms():
     assert optax_rmsprop.TorchRun is optax_rmsprop.carry.Run
     old = importlib.import_module("optax_rmsprop.torch_layers")
     assert old is optax_rmsprop.torch_layers is optax_rmsprop.carry.torch_layers
-    for folder in ("carry", "wrappers"):
-        room = getattr(optax_rmsprop, folder)
-        for name in room.__all__:
-            if name != "Run":
-                assert getattr(optax_rmsprop, name) is getattr(room, name)
+    for name, module in optax_rmsprop._LAZY.items():
+        if name != "TorchRun":
+            room = importlib.import_module(f"optax_rmsprop.{module}")
+            assert getattr(optax_rmsprop, name) is getattr(room, name)
