@@ -24,7 +24,7 @@ from peers.record_checkpoints import MORE_STEPS, gradient
 
 RECORDED = Path(__file__).parent.parent / "peers" / "recorded"
 ENDS = json.loads((RECORDED / "checkpoints.json").read_text())["ends"]
-# Of parameters near 1, after five steps in float64; observed: 5e-16.
+# For parameters near 1, after five steps in float64; observed: 5e-16.
 TOLERANCE = 1e-10
 KINDS = {
     "torch.pt": "a torch checkpoint",
