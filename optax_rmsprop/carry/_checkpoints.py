@@ -152,7 +152,7 @@ def _rule(kind: str, groups: int) -> MayBeIn:
 def _of_owner(
     candidates: Mapping[str, torch.Tensor], member: str
 ) -> dict[str, torch.Tensor]:
-    """What the owner of an optimizer in a Stable-Baselines3 zip trains.
+    """The parameters that an optimizer in a Stable-Baselines3 zip trains.
 
     "policy.optimizer" trains the policy without its target networks, which DQN has, and
     "actor.optimizer" trains the actor.

@@ -237,7 +237,7 @@ def test_the_rule_of_a_kind_decides(kind):
 
 
 def test_names_of_the_checkpoint_itself_lose_their_wrappers():
-    """Those in param_names, and those in params, which FSDP writes."""
+    """torch has them in param_names, FSDP in params."""
     model = {f"module.{name}": tensor for name, tensor in LINEAR.items()}
     optimizer = of_shapes([(2,), (2, 3)], lr=0.1)
     names = ["module.bias", "module._orig_mod.weight"]
