@@ -202,7 +202,7 @@ class Source(NamedTuple):
         warn_of_nan(broken)
 
 
-def probe(source: Source, port: Port) -> ProbedPort:
+def probe(source: Source, port: Port | None) -> ProbedPort:
     """Find out where the port moves each element of the source.
 
     Raises:
@@ -264,7 +264,7 @@ def _copies(source: Source, used: Collection[str]) -> Iterator[tuple[str, str]]:
                 yield name, twin
 
 
-def carry(source: Source, port: Port, learning_rate: Any) -> Run:
+def carry(source: Source, port: Port | None, learning_rate: Any) -> Run:
     """Start a run in JAX with the numbers of another framework's run."""
     source.check()
     probed = probe(source, port)

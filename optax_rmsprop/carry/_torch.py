@@ -9,10 +9,12 @@ function moves each slot of the optimizer, in both directions.
 
 from __future__ import annotations  # so that help() shows these types by name
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optax_rmsprop.carry._back import SourceArrays
+from optax_rmsprop.carry._checkpoints import recognise
 from optax_rmsprop.carry._port import Port
 from optax_rmsprop.carry._run import Run, carry
 from optax_rmsprop.carry._torch_read import read, read_checkpoint
@@ -20,6 +22,8 @@ from optax_rmsprop.carry._torch_write import write
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger(__name__)
 
 
 def from_torch(
@@ -90,9 +94,9 @@ def from_torch(
 
 
 def from_torch_checkpoint(
-    model: Mapping[str, torch.Tensor],
-    optimizer: Mapping[str, Any],
-    port: Port,
+    model: Mapping[str, Any],
+    optimizer: Mapping[str, Any] | None = None,
+    port: Port | None = None,
     names: Sequence[str] | None = None,
     learning_rate: Any = None,
     *,
@@ -102,12 +106,18 @@ def from_torch_checkpoint(
     """Carry a saved run from torch to JAX, without the class of its model.
 
     Args:
-      model: the model's state_dict.
+      model: the model's state_dict; or, without `optimizer`, the whole checkpoint, as
+        torch.load returns it. Both state_dicts are found in it by their form. Known are
+        checkpoints of torch, torch.distributed, Lightning and timm; the files of HF
+        Trainer and accelerate, {"model": ..., "optimizer.pt": ...}, or "optimizer.bin";
+        and the members of a Stable-Baselines3 zip, each loaded for itself. The parts
+        "module." and "_orig_mod." are removed from names.
       optimizer: the state_dict of one of the optimizers of `from_torch`.
-      port: as in `from_torch`.
-      names: the names of the optimizer's parameters, in its order. By default they are
-        the checkpoint's own. It has them if the optimizer was made from
-        `model.named_parameters()`.
+      port: as in `from_torch`. It must be given.
+      names: the names of the optimizer's parameters, in its order, as `names_of` gives
+        them. By default they are the checkpoint's own. It has them if the optimizer was
+        made from `model.named_parameters()`. In a whole checkpoint they are found if
+        the shapes, and the order of a known kind, allow only one possibility.
       learning_rate: as in `from_torch`.
       trainable: the names of the parameters that train. By default it is all that the
         optimizer has, but those without a state although others of their group have
@@ -142,10 +152,16 @@ def from_torch_checkpoint(
       >>> run = from_torch_checkpoint(loaded["model"], loaded["optimizer"], port, names)
       >>> run.params["kernel"].shape
       (3, 2)
+      >>> run = from_torch_checkpoint(loaded, port=port)  # the shapes tell the names
 
     References:
       See `from_torch`.
     """
+    if optimizer is None:
+        saved = recognise(model)
+        model, optimizer = saved.model, saved.optimizer
+        names = saved.names if names is None else names
+        _log.info("the checkpoint is read as %s", saved.kind)
     source = read_checkpoint(model, optimizer, names, trainable, dialect)
     return carry(source, port, learning_rate)
 

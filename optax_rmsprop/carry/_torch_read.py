@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_rmsprop._errors import bare, kind_of, shown, some
+from optax_rmsprop.carry._checkpoints import wrapped_optimizer
 from optax_rmsprop.carry._run import Group, LazyArray, Source, Weight, lazy
 from optax_rmsprop.carry._slots import SLOTS
 from optax_rmsprop.carry._torch_format import (
@@ -198,12 +199,11 @@ def _class_dialect(optimizer: Any, dialect: str | None) -> str:
     A class is known by the module of its step, which a subclass may inherit.
     """
     _check_dialect(dialect)
-    for inner in ("optimizer", "optim"):
-        if hasattr(wrapped := getattr(optimizer, inner, None), "param_groups"):
-            raise TypeError(
-                f"`optimizer` must be the one that steps, got {kind_of(optimizer)}, "
-                f"which wraps a {kind_of(wrapped)}; give its .{inner}"
-            )
+    if remedy := wrapped_optimizer(optimizer):
+        raise TypeError(
+            "`optimizer` must be the one that makes the steps, got "
+            f"{kind_of(optimizer)}, which wraps it; {remedy}"
+        )
     if dialect is not None:
         return dialect
     step = getattr(type(optimizer), "step", None)
