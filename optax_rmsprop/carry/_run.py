@@ -210,15 +210,16 @@ def probe(source: Source, port: Port | None) -> ProbedPort:
       ValueError: the port changes elements, or keeps two arrays that share some.
     """
 
-    def with_tied(arrays: dict[str, np.ndarray]) -> Any:
-        arrays.update({name: arrays[first] for name, first in source.tied.items()})
-        return port(arrays)
-
     if not callable(port):
         raise TypeError(
             "`port` must be a function from a dict of arrays to a tree of them, got "
             f"{shown(port)}; `dict` keeps every name as it is"
         )
+
+    def with_tied(arrays: dict[str, np.ndarray]) -> Any:
+        arrays.update({name: arrays[first] for name, first in source.tied.items()})
+        return port(arrays)
+
     probed = ProbedPort(
         with_tied,
         shapes={name: weight.shape for name, weight in source.weights.items()},
