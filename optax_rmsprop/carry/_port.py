@@ -170,12 +170,7 @@ class ProbedPort:
         """
         found, structure = flattened(name, tree)
         if structure != self._structure:
-            problems = other_paths(dict(found), dict.fromkeys(self.paths))
-            problems = problems or [trees(structure, self._structure)]
-            raise ValueError(
-                f"`{name}` must be the port's tree: {'; '.join(problems)}; make it "
-                "with the same port"
-            )
+            raise other_tree(name, tree, self.unflatten([""] * len(self.paths)))
         for path, indices, (_, leaf) in zip(
             self.paths, self._indices, found, strict=True
         ):
@@ -271,9 +266,12 @@ class ProbedPort:
             if name is None or name in arrays:
                 raise
             alike = difflib.get_close_matches(bare(name), arrays) or arrays
+            remedy = "let the port leave it out, or give the model that has it"
+            if str(name).rpartition(".")[2] == "_extra_state":
+                remedy = "it is no tensor: take it from torch's state_dict yourself"
             raise KeyError(
                 f"the port asks for {shown(name)}, which the model does not have; it "
-                f"has {some(alike)}"
+                f"has {some(alike)}; {remedy}"
             ) from error
 
     def _used_once(self) -> np.ndarray:
@@ -303,6 +301,17 @@ def flattened(name: str, tree: Any) -> Any:
             f"`{name}` must be a tree that JAX can flatten, got one with this fault: "
             f"{short(str(error))}; make the keys of each dict of one kind"
         ) from error
+
+
+def other_tree(name: str, tree: Any, like: Any) -> ValueError:
+    """The error for a tree whose structure is not that of the port's tree, `like`."""
+    (found, structure), (expected, wanted) = flattened(name, tree), flattened("", like)
+    problems = other_paths(dict(found), dict(expected))
+    problems = problems or [trees(structure, wanted)]
+    return ValueError(
+        f"`{name}` must be the port's tree: {'; '.join(problems)}; make it with the "
+        "same port"
+    )
 
 
 def _changed(path: Any) -> ValueError:

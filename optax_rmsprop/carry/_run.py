@@ -35,8 +35,8 @@ import numpy as np
 import optax
 
 from optax_rmsprop import _errors, dialects
-from optax_rmsprop._errors import at, bare, shown, some
-from optax_rmsprop.carry._port import Port, ProbedPort
+from optax_rmsprop._errors import at, bare, kind_of, shown, some
+from optax_rmsprop.carry._port import Port, ProbedPort, other_tree
 from optax_rmsprop.carry._slots import (
     FIELDS,
     GRAD_AVG,
@@ -286,7 +286,7 @@ def carry(source: Source, port: Port | None, learning_rate: Any) -> Run:
     else:
         # A function, because labels in the form of an Equinox model are callable.
         all_transforms = transforms | {FROZEN: optax.set_to_zero()}
-        tx = optax.partition(all_transforms, lambda _: labels)
+        tx = _for_tree(labels, optax.partition(all_transforms, lambda _: labels))
     state: Any = jax.eval_shape(tx.init, params)  # every array in it is replaced
     if is_one:
         return Run(params, tx, _filled(state, probed, source, "0", rates["0"]))
@@ -299,6 +299,37 @@ def carry(source: Source, port: Port | None, learning_rate: Any) -> Run:
     }
     inner_states = state.inner_states | filled
     return Run(params, tx, state._replace(inner_states=inner_states))
+
+
+def _for_tree(
+    like: Any, tx: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """The same, with a short error for a tree that is not like the port's.
+
+    The error of optax.partition has all names of both trees.
+    """
+    structure = jax.tree.structure(like)
+
+    def check(name: str, tree: Any) -> None:
+        if not _errors.fits(structure, tree):  # None fits any leaf
+            raise other_tree(name, tree, like)
+
+    def init_fn(params: Any) -> Any:
+        check("params", params)
+        return tx.init(params)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        check("updates", updates)
+        if params is not None:
+            check("params", params)
+        if not isinstance(state, optax.transforms.PartitionState):
+            raise ValueError(
+                "`state` must be the opt_state of this run, of several groups, got "
+                f"{kind_of(state)}; give what the last update returned"
+            )
+        return tx.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _params(probed: ProbedPort, source: Source) -> Any:

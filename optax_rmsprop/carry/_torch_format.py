@@ -95,7 +95,8 @@ def check_names(
     """Check that these names are distinct, in the model, and as many as wanted."""
     usual = (
         "of an RMSprop(model.parameters()) they are "
-        "[name for name, _ in model.named_parameters()]"
+        "[name for name, _ in model.named_parameters()], of any optimizer "
+        "names_of(model, optimizer)"
     )
     if len(names) != wanted:
         raise ValueError(
@@ -105,6 +106,11 @@ def check_names(
         )
     for name in names:
         if not isinstance(name, str) or name not in model:
+            if any({"module", "_orig_mod"} & set(key.split(".")) for key in model):
+                usual = (
+                    "from_torch_checkpoint(checkpoint, port=port) removes 'module.' "
+                    "and '_orig_mod.' from both"
+                )
             raise ValueError(
                 f"`names` must be in the model's state, got {bare(name)}; {usual}; it "
                 f"has {some(model)}"

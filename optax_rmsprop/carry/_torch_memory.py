@@ -20,6 +20,12 @@ def problem(tensor: torch.Tensor) -> str | None:
     """
     import torch
 
+    if hasattr(tensor, "full_tensor"):
+        return (
+            "have all its values in this process, got a DTensor; replace it by its "
+            "full_tensor(), or save both state_dicts by get_state_dict of "
+            "torch.distributed.checkpoint.state_dict, with full_state_dict=True"
+        )
     if torch.nn.parameter.is_lazy(tensor):
         return "have its values, got one that is not initialized; call the model once"
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:

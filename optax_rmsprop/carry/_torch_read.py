@@ -116,9 +116,12 @@ def read_checkpoint(
     _check_dialect(dialect)
     for argument, value in (("model", model), ("optimizer", optimizer)):
         if not isinstance(value, Mapping):
+            is_list = isinstance(value, list | tuple)
+            remedy = (
+                "give one of its items" if is_list else "from_torch takes live objects"
+            )
             raise TypeError(
-                f"`{argument}` must be a state_dict, got {kind_of(value)}; "
-                "from_torch takes live objects"
+                f"`{argument}` must be a state_dict, got {kind_of(value)}; {remedy}"
             )
     tensors = tensors_in(model)
     if not {"state", "param_groups"} <= optimizer.keys():
@@ -209,11 +212,15 @@ def _class_dialect(optimizer: Any, dialect: str | None) -> str:
     step = getattr(type(optimizer), "step", None)
     where = getattr(step, "__module__", ""), getattr(step, "__qualname__", "")
     if where not in STEPS:
+        remedy = (
+            "its state may mean something else: if its step is that of one of these, "
+            f"say which: dialect={some(map(repr, OPTIONS), ' or ')}"
+        )
+        if isinstance(optimizer, list | tuple | Mapping):
+            remedy = "give the optimizer itself, or both dicts to from_torch_checkpoint"
         raise TypeError(
             "`optimizer` must be a torch.optim.RMSprop, timm's RMSpropTF or "
-            f"Stable-Baselines3's RMSpropTFLike, got {kind_of(optimizer)}; its state "
-            "may mean something else: if its step is that of one of these, say which: "
-            f"dialect={some(map(repr, OPTIONS), ' or ')}"
+            f"Stable-Baselines3's RMSpropTFLike, got {kind_of(optimizer)}; {remedy}"
         )
     return STEPS[where]
 
@@ -309,7 +316,8 @@ def _tied(
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape, or () for a tensor without one, which cannot be carried anyway."""
     reason = problem(tensor)
-    has_shape = reason is None or tensor.is_meta or tensor.is_sparse
+    kinds = tensor.is_meta, tensor.is_sparse, hasattr(tensor, "full_tensor")
+    has_shape = reason is None or any(kinds)
     return tuple(tensor.shape) if has_shape else ()
 
 

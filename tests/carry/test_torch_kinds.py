@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 import torch
 
 from helpers import update_in_torch
-from optax_rmsprop.carry import from_torch_checkpoint, names_of
+from optax_rmsprop.carry import from_torch, from_torch_checkpoint, names_of
 from optax_rmsprop.carry._checkpoints import recognise, wrapped_optimizer
 from optax_rmsprop.carry._names import _only_assignment
 from peers.record_checkpoints import MORE_STEPS, gradient
@@ -406,3 +406,42 @@ def test_a_wrapped_optimizer():
     assert given["base"] == "give the RMSprop in its `.base`"
     assert "of one process; of several, call" in wrapped_optimizer(Wrapper(**zero))
     assert wrapped_optimizer(inner) == wrapped_optimizer(None) == ""
+
+
+def test_remedies():
+    """For a wrapped optimizer, a list, an extra state, a missing module, a wrapper."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.RMSprop(model.parameters())
+    wrapper = Wrapper(optimizer=optimizer)
+    with pytest.raises(
+        TypeError, match=r"got a Wrapper; give the RMSprop in its `\.opt"
+    ):
+        from_torch(model, wrapper, dict)
+    with pytest.raises(TypeError, match="got a list; give the optimizer itself"):
+        from_torch(model, [optimizer], dict)
+    with pytest.raises(TypeError, match="got a list; give one of its items"):
+        from_torch_checkpoint(model.state_dict(), [optimizer.state_dict()], dict)
+    with pytest.raises(
+        KeyError, match=r"_extra_state'.* it is no tensor: take it from"
+    ):
+        from_torch(model, optimizer, lambda weights: weights["_extra_state"])
+    with pytest.raises(KeyError, match=r"head.weight'.* let the port leave it out, or"):
+        from_torch(model, optimizer, lambda weights: weights["head.weight"])
+    wrapped = torch.nn.ModuleDict({"module": model}).state_dict()
+    with pytest.raises(ValueError, match=r"got weight; .* removes 'module.' and"):
+        from_torch_checkpoint(wrapped, optimizer.state_dict(), dict, ["weight", "bias"])
+
+
+class Distributed(torch.Tensor):
+    """As a DTensor, which needs a process group."""
+
+    def full_tensor(self):
+        return self
+
+
+def test_a_distributed_tensor_is_refused():
+    model = torch.nn.Linear(3, 2)
+    model.weight = torch.nn.Parameter(model.weight.detach().as_subclass(Distributed))
+    optimizer = torch.optim.RMSprop(model.parameters())
+    with pytest.raises(TypeError, match=r"`weight` must have all its .* got a DTensor"):
+        from_torch(model, optimizer, dict)

@@ -194,6 +194,17 @@ CASES = {
     "gradients of other names": lambda: run().tx.update(
         {name: run().params[name] for name in NAMES[1:]}, run().opt_state
     ),
+    "gradients of other names, and two groups": lambda: run(2).tx.update(
+        {name: run(2).params[name] for name in NAMES[1:]}, run(2).opt_state
+    ),
+    "gradients in a list": lambda: run(2).tx.update(
+        list(run(2).params.values()), run(2).opt_state
+    ),
+    "other params beside gradients": lambda: run(2).tx.update(
+        run(2).params, run(2).opt_state, run(2).params | {LONG: 1.0}
+    ),
+    "params of other names for init": lambda: run(2).tx.init({LONG: 1.0}),
+    "a state of one group": lambda: run(2).tx.update(run(2).params, run().opt_state),
     "many models": lambda: recognise(
         {name: dict(OTHERS.state_dict()) for name in NAMES} | {"optimizer": saved()}
     ),
