@@ -6,13 +6,15 @@ make one table of weights (`_run.py`), from which `carry` makes parameters, an o
 and its state. `_slots.py` has the names of the slots in each framework. The user's port
 says how weights move; `_port.py` probes it, so that the same function moves every slot.
 `_back.py` reverses all of that for `to_torch`. `_optax.py` converts a state of optax's
-own RMSprop, which needs no port. `torch_layers` has ports of torch's usual layers.
+own RMSprop, which needs no port. `torch_layers` has ports of torch's usual layers, from
+which `port_of` makes the port of a live model; `_port_like.py` fits it to a Flax tree.
 torch and Keras are imported only here, and only when one of these functions is called.
 """
 
 from optax_rmsprop.carry import torch_layers
 from optax_rmsprop.carry._keras import from_keras
 from optax_rmsprop.carry._optax import from_optax
+from optax_rmsprop.carry._port_of import port_of
 from optax_rmsprop.carry._run import Run
 from optax_rmsprop.carry._torch import from_torch, from_torch_checkpoint, to_torch
 
@@ -22,6 +24,7 @@ __all__ = [
     "from_optax",
     "from_torch",
     "from_torch_checkpoint",
+    "port_of",
     "to_torch",
     "torch_layers",
 ]
