@@ -7,7 +7,8 @@ and its state. `_slots.py` has the names of the slots in each framework. The use
 says how weights move; `_port.py` probes it, so that the same function moves every slot.
 `_back.py` reverses all of that for `to_torch`. `_optax.py` converts a state of optax's
 own RMSprop, which needs no port. `torch_layers` has ports of torch's usual layers, from
-which `port_of` makes the port of a live model; `_port_like.py` fits it to a Flax tree.
+which `port_of` makes the port of a live model by the rules in `_port_rules.py`;
+`_port_like.py` fits it to a tree of Flax.
 torch and Keras are imported only here, and only when one of these functions is called.
 """
 

@@ -20,25 +20,22 @@ that a rule leaves out, and tied ones, which the port must use once.
 from __future__ import annotations  # so that help() shows these types by name
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from optax_rmsprop._errors import bare, kind_of, shown, some
-from optax_rmsprop.carry import torch_layers
+from optax_rmsprop._errors import bare, kind_of, short, shown, some
 from optax_rmsprop.carry._port import Port
 from optax_rmsprop.carry._port_like import Form, Path, fitted, nested
+from optax_rmsprop.carry._port_rules import Rule, cells_known, layers_known, rule_for
 from optax_rmsprop.carry._torch_memory import address, problem
 from optax_rmsprop.carry._torch_read import tensors_of
 from optax_rmsprop.carry.torch_layers import Weights, _name
 
 if TYPE_CHECKING:
     import torch
-
-Rule = Callable[[Weights, str, Any], Any]
 
 
 class _Layer(NamedTuple):
@@ -172,6 +169,8 @@ class _Numbered:
     """The model's arrays, each filled with its number, in which rules are tried out."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        import torch
+
         self._names = list(tensors)
         self._arrays: dict[str, np.ndarray] = {}
         self._further: set[str] = set()  # all but the first names of tied tensors
@@ -185,22 +184,22 @@ class _Numbered:
                 self._arrays[name] = np.broadcast_to(
                     np.float32(number), tuple(tensor.shape)
                 )
-            elif tensor.requires_grad:  # no port uses a buffer without a shape
+            elif isinstance(tensor, torch.nn.Parameter):  # such buffers are left out
                 raise ValueError(f"`{bare(name)}` must {reason}")
 
     def read(self, layer: _Layer, rule: Callable[[Weights], Any]) -> Form:
         """The leaves that a rule makes of arrays which the port is to use."""
-        where = f"`{bare(layer.name)}`, {layer.kind}"
+        where = f"{shown(layer.name)}, {layer.kind}"
         try:
-            tree = rule(self._arrays)
+            tree = rule(dict(self._arrays))
         except KeyError as error:
             name = error.args[0] if error.args else None
             if name is None or name in self._arrays:
                 raise
             raise KeyError(
                 f"the rule for {where} asks for {shown(name)}, which the model does "
-                f"not have; it has {some(layer.own)}; undo what replaced it, or give a "
-                "rule that uses these"
+                f"not have; it has {some(layer.own, most=120)}; undo what replaced it, "
+                "or give a rule that uses these"
             ) from error
         shapes, buffers, used = {}, set(), set()
         for path, leaf in _flat(tree, f"the rule for {where}").items():
@@ -209,9 +208,9 @@ class _Numbered:
             tied = sources & self._further
             if tied and tied != sources:
                 raise ValueError(
-                    f"the rule for {where} must keep {some(tied)} apart from other "
-                    "arrays, since it is tied to an earlier one; untie it in torch, or "
-                    "give a rule that returns it in a leaf of its own"
+                    f"the rule for {where} must keep {some(tied, most=120)} apart "
+                    "from other arrays, since it is tied to an earlier one; untie it "
+                    "in torch, or give a rule that returns it in a leaf of its own"
                 )
             if not tied:
                 shapes[path] = leaf.shape
@@ -221,8 +220,8 @@ class _Numbered:
         if missing:
             raise ValueError(
                 f"the rule for {where} must use all of its parameters, but leaves out "
-                f"{some(missing)}; add rules={{{bare(layer.kind.split()[-1])}: f}}, "
-                "where f(weights, name, module) returns all of them"
+                f"{some(missing, most=120)}; add rules={{{layer.kind.split()[-1]}: f}}"
+                ", where f(weights, name, module) returns all of them"
             )
         return Form(shapes, buffers)
 
@@ -232,13 +231,13 @@ class _Numbered:
             return set()
         low, high = np.min(leaf), np.max(leaf)
         numbers = [low] if low == high else np.unique(np.asarray(leaf))
-        found = {number: int(number) for number in map(float, numbers)}
-        if any(n != i or not 0 <= i < len(self._names) for n, i in found.items()):
+        found = list(map(float, numbers))
+        if not all(n.is_integer() and 0 <= n < len(self._names) for n in found):
             raise ValueError(
                 f"the rule for {where} must only move elements, but changes some; "
                 "let it rename, reshape, transpose, split, concatenate and stack"
             )
-        return {self._names[number] for number in found.values()}
+        return {self._names[int(number)] for number in found}
 
 
 def _flat(tree: Any, what: str = "", path: Path = ()) -> dict[Path, Any]:
@@ -282,27 +281,27 @@ def _layers(
     path = tuple(name.split(".")) if name else ()
     kind = f"of class {bare(type(module).__name__)}"
     inside = [_name(name, n) for n, _ in module.named_parameters()]
-    if (rule := _rule_for(module, rules)) is not None:
+    if (rule := rule_for(module, rules)) is not None:
         yield _Layer(name, path, kind, [_bound(rule, name, module)], inside)
         return
-    built_in = _built_in()
-    if (cells := _rule_for(module, _cells())) is not None:
+    built_in = layers_known()
+    if (cells := rule_for(module, cells_known())) is not None:
         yield from _recurrent(name, path, kind, module, cells)
         return
-    if (rule := _rule_for(module, built_in)) is not None:
+    if (rule := rule_for(module, built_in)) is not None:
         yield _Layer(name, path, kind, [_bound(rule, name, module)], inside)
         return
     own = [n for n, p in module._parameters.items() if p is not None]
     lists = torch.nn.ParameterList, torch.nn.ParameterDict
     is_leaf = not module._modules and not isinstance(module, lists)
-    extends = isinstance(module, (*built_in, *_cells()))
+    extends = isinstance(module, (*built_in, *cells_known()))
     if own and (is_leaf or extends):
         raise TypeError(
             f"{shown(name)} must be of a class that port_of knows, got "
-            f"{bare(type(module).__module__)}.{bare(type(module).__qualname__)} with "
-            f"{some(own)}; add rules={{{bare(type(module).__name__)}: f}}, where f "
-            "returns its arrays, such as lambda weights, name, module: "
-            "{'kernel': weights[f'{name}." + bare(own[0]) + "'].T}"
+            f"{short(f'{type(module).__module__}.{type(module).__qualname__}', 100)} "
+            f"with {some(own, most=60)}; add rules={{{bare(type(module).__name__)}: f}}"
+            ", where f returns its arrays, such as lambda weights, name, module: "
+            f"{{'{short(own[0], 40)}': weights[f'{{name}}.{short(own[0], 40)}']}}"
         )
     for own_name in own:
         whole = _name(name, own_name)
@@ -315,18 +314,6 @@ def _layers(
 
 def _taken(weights: Weights, name: str) -> np.ndarray:
     return weights[name]
-
-
-def _rule_for(module: torch.nn.Module, rules: Mapping[type, Any]) -> Any:
-    """The rule of a module's class, or of a base class whose computation it has."""
-    own = type(module)
-    for kind in own.__mro__:
-        if kind in rules and all(
-            getattr(own, method, None) is getattr(kind, method, None)
-            for method in ("forward", "_conv_forward", "__call__")
-        ):
-            return rules[kind]
-    return None
 
 
 def _bound(rule: Rule, name: str, module: Any) -> Callable[[Weights], Any]:
@@ -362,130 +349,3 @@ def _recurrent(
             for rule in rules
         ]
         yield _Layer(_name(name, cell), (*path, cell), kind, calls, owned[cell])
-
-
-@functools.cache
-def _cells() -> dict[type, list[Any]]:
-    """The layouts that Flax has for each recurrent class; the first is Linen's."""
-    import torch
-
-    lstm = [torch_layers.lstm, torch_layers.nnx_lstm, torch_layers.nnx_fused]
-    gru = [torch_layers.gru, torch_layers.nnx_fused]
-    rnn = [torch_layers.rnn, torch_layers.nnx_fused]
-    return {
-        torch.nn.LSTM: lstm,
-        torch.nn.LSTMCell: lstm,
-        torch.nn.GRU: gru,
-        torch.nn.GRUCell: gru,
-        torch.nn.RNN: rnn,
-        torch.nn.RNNCell: rnn,
-    }
-
-
-def _built_in() -> dict[type, Rule]:
-    """The rules of the other classes."""
-    hugging_face = sys.modules.get("transformers.pytorch_utils")
-    if conv1d := getattr(hugging_face, "Conv1D", None):
-        return _of_torch() | {conv1d: _plain(torch_layers.hf_conv1d)}
-    return _of_torch()
-
-
-@functools.cache
-def _of_torch() -> dict[type, Rule]:
-    from torch import nn
-
-    conv, conv_transpose, embedding = (
-        _normed(torch_layers.conv),
-        _normed(torch_layers.conv_transpose, "groups"),
-        _normed(torch_layers.embedding),
-    )
-    return {
-        nn.Linear: _normed(torch_layers.linear),
-        nn.Conv1d: conv,
-        nn.Conv2d: conv,
-        nn.Conv3d: conv,
-        nn.ConvTranspose1d: conv_transpose,
-        nn.ConvTranspose2d: conv_transpose,
-        nn.ConvTranspose3d: conv_transpose,
-        nn.Embedding: embedding,
-        nn.EmbeddingBag: embedding,
-        nn.BatchNorm1d: _norm,
-        nn.BatchNorm2d: _norm,
-        nn.BatchNorm3d: _norm,
-        nn.SyncBatchNorm: _norm,
-        nn.InstanceNorm1d: _norm,
-        nn.InstanceNorm2d: _norm,
-        nn.InstanceNorm3d: _norm,
-        nn.LayerNorm: _norm,
-        nn.GroupNorm: _norm,
-        nn.RMSNorm: _norm,
-        nn.MultiheadAttention: _attention,
-        nn.PReLU: _plain(torch_layers.prelu),
-    }
-
-
-def _plain(function: Callable[..., Any]) -> Rule:
-    return lambda weights, name, module: function(weights, name)
-
-
-def _attention(weights: Weights, name: str, module: Any) -> dict[str, Any]:
-    return torch_layers.attention(weights, name, module.num_heads)
-
-
-def _norm(weights: Weights, name: str, module: Any) -> dict[str, Any]:
-    tree = {} if module.weight is None else torch_layers.norm(weights, name)
-    if getattr(module, "running_mean", None) is not None:
-        tree |= torch_layers.running_stats(weights, name)
-    return tree
-
-
-def _normed(function: Callable[..., Any], *options: str) -> Rule:
-    """The rule of a class that torch can give a weight norm or a spectral norm.
-
-    These replace `weight` by another array of its shape, which is trained.
-    """
-
-    def rule(weights: Weights, name: str, module: Any) -> dict[str, Any]:
-        arguments = [getattr(module, option) for option in options]
-        trained, beside = _trained(name, module)
-        if trained == "weight":
-            return function(weights, name, *arguments)
-        renamed = {_name(name, "weight"): weights[_name(name, trained)]}
-        tree = function({**weights, **renamed}, name, *arguments)
-        for key, array in beside.items():
-            value = weights[_name(name, array)]
-            tree[key] = value.ravel() if value.ndim else value
-        return tree
-
-    return rule
-
-
-def _trained(name: str, module: Any) -> tuple[str, dict[str, str]]:
-    """The name of the trained weight, and of further arrays of a norm around it."""
-    from torch.nn.utils import parametrizations, parametrize
-    from torch.nn.utils.spectral_norm import SpectralNorm
-    from torch.nn.utils.weight_norm import WeightNorm
-
-    if parametrize.is_parametrized(module):
-        kinds = {
-            key: [type(step) for step in steps]
-            for key, steps in module.parametrizations.items()
-        }
-        at = "parametrizations.weight"
-        if kinds == {"weight": [parametrizations._WeightNorm]}:
-            return f"{at}.original1", {"scale": f"{at}.original0"}
-        if kinds == {"weight": [parametrizations._SpectralNorm]}:
-            return f"{at}.original", {"u": f"{at}.0._u", "v": f"{at}.0._v"}
-        found = [f"{key}: {step.__name__}" for key in kinds for step in kinds[key]]
-        raise TypeError(
-            f"{shown(name)} must have no parametrization, or one weight_norm or "
-            f"spectral_norm of its weight, got {some(found)}; add rules="
-            f"{{{bare(type(module).__mro__[1].__name__)}: f}}, where f(weights, name, "
-            "module) returns its trained arrays"
-        )
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == "weight":
-            return "weight_v", {"scale": "weight_g"}
-        if isinstance(hook, SpectralNorm) and hook.name == "weight":
-            return "weight_orig", {"u": "weight_u", "v": "weight_v"}
-    return "weight", {}

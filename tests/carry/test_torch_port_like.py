@@ -157,6 +157,7 @@ class FlaxResNet(linen.Module):
         return linen.Dense(5)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_a_resnet():
     x = random(BATCH, 3, 6, 6)
     model, module = ResNet(), FlaxResNet()
@@ -244,6 +245,7 @@ KINDS_OF_STATE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS_OF_STATE)
 def test_a_gpt_with_a_tied_head(kind):
     module = NNXGPT(nnx.Rngs(0))
@@ -379,6 +381,7 @@ class NNXTagger(nnx.Module):
         return self.head(self.lstm(self.embedding(x)))
 
 
+@pytest.mark.slow
 def test_a_bidirectional_tagger_in_nnx():
     module = NNXTagger(nnx.Rngs(0))
     x = np.random.default_rng(0).integers(0, TOKENS, (BATCH, TIME))

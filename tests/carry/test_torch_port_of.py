@@ -420,14 +420,27 @@ def joined(weights, name, module):
 
 
 LONG = type("Layer" * 300, (Scaled,), {})
-LONG_NAME = nn.ModuleDict({"layer" * 300: Scaled()})
+ALL_LONG = nn.ModuleDict({"layer" * 300: LONG()})
+ALL_LONG["layer" * 300].register_parameter("gain" * 300, nn.Parameter(torch.ones(1)))
 # The model, the options, the error, and what it says.
 REFUSED = [
     (lambda: {"a": 1}, {}, TypeError, "must be a torch.nn.Module, got a dict"),
     (Scaled, {}, TypeError, r"'' must be of a class that port_of knows, got \S+Scaled"),
     (lambda: nn.Sequential(Scaled()), {}, TypeError, r"'0' .* add rules=\{Scaled: f\}"),
     (lambda: nn.Sequential(LONG()), {}, TypeError, "must be of a class that port_of"),
-    (lambda: LONG_NAME, {}, TypeError, "must be of a class that port_of knows"),
+    (lambda: ALL_LONG, {}, TypeError, "must be of a class that port_of knows"),
+    (
+        lambda: ALL_LONG,
+        {"rules": {LONG: lambda weights, name, module: weights["more" * 300]}},
+        KeyError,
+        "which the model does not have",
+    ),
+    (
+        lambda: ALL_LONG,
+        {"rules": {LONG: lambda weights, name, module: {}}},
+        ValueError,
+        "must use all of its parameters",
+    ),
     (lambda: Doubled(3, 2), {}, TypeError, "knows, got .*Doubled with weight, bias"),
     (lambda: nn.Bilinear(2, 2, 2), {}, TypeError, "Bilinear with weight, bias"),
     (pruned, {}, KeyError, "asks for 'weight', which .* it has bias, weight_orig"),
