@@ -299,8 +299,9 @@ def _layers(
         raise TypeError(
             f"{shown(name)} must be of a class that port_of knows, got "
             f"{short(f'{type(module).__module__}.{type(module).__qualname__}', 100)} "
-            f"with {some(own, most=60)}; add rules={{{bare(type(module).__name__)}: f}}"
-            ", where f returns its arrays, such as lambda weights, name, module: "
+            f"with {some([*own, *module._buffers], most=60)}; add rules="
+            f"{{{bare(type(module).__name__)}: f}}, where f returns its arrays, such as "
+            "lambda weights, name, module: "
             f"{{'{short(own[0], 40)}': weights[f'{{name}}.{short(own[0], 40)}']}}"
         )
     for own_name in own:

@@ -375,6 +375,17 @@ class DoubledTwice(Doubled):
     """Its subclass."""
 
 
+class NormAct(nn.BatchNorm1d):
+    """timm's, which has children, and keeps running statistics."""
+
+    def __init__(self):
+        super().__init__(3)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
 def both(weights, name, module):
     assert isinstance(module, Scaled)
     return {"w": weights[f"{name}.weight"].T, "more": {"g": weights[f"{name}.gain"]}}
@@ -442,6 +453,7 @@ REFUSED = [
         "must use all of its parameters",
     ),
     (lambda: Doubled(3, 2), {}, TypeError, "knows, got .*Doubled with weight, bias"),
+    (NormAct, {}, TypeError, "NormAct with weight, bias, running_mean, running_var"),
     (lambda: nn.Bilinear(2, 2, 2), {}, TypeError, "Bilinear with weight, bias"),
     (pruned, {}, KeyError, "asks for 'weight', which .* it has bias, weight_orig"),
     (
