@@ -300,8 +300,8 @@ def _layers(
             f"{shown(name)} must be of a class that port_of knows, got "
             f"{short(f'{type(module).__module__}.{type(module).__qualname__}', 100)} "
             f"with {some([*own, *module._buffers], most=60)}; add rules="
-            f"{{{bare(type(module).__name__)}: f}}, where f returns its arrays, such as "
-            "lambda weights, name, module: "
+            f"{{{bare(type(module).__name__)}: f}}, where f returns its arrays, such "
+            "as lambda weights, name, module: "
             f"{{'{short(own[0], 40)}': weights[f'{{name}}.{short(own[0], 40)}']}}"
         )
     for own_name in own:
