@@ -5,11 +5,15 @@ slots of its optimizer, its parameter groups. Each source has its own files; all
 make one table of weights (`_run.py`), from which `carry` makes parameters, an optimizer
 and its state. `_slots.py` has the names of the slots in each framework. The user's port
 says how weights move; `_port.py` probes it, so that the same function moves every slot.
-`_checkpoints.py` finds model and optimizer in the files of several frameworks, and
-`_names.py` names the optimizer's parameters. `_back.py` reverses all of that for
-`to_torch`. `_optax.py` converts a state of optax's own RMSprop, which needs no port.
-`torch_layers` has ports of torch's usual layers. `_schedules.py` tabulates torch's
-schedulers; `_flax.py` goes on in Flax NNX.
+`_back.py` reverses all of that for `to_torch`. `_optax.py` converts a state of optax's
+own RMSprop, which needs no port.
+
+`port_of` makes the port of a live model, from the layers of `torch_layers` by the rules
+in `_port_rules.py`, or from those of `keras_layers` by `_keras_port.py`; `_port_like.py`
+fits it to a tree of Flax. `_checkpoints.py` finds model and optimizer in the files of
+several frameworks, and `_names.py` names the optimizer's parameters. `_schedules.py`
+tabulates torch's schedulers; `_flax.py` goes on in Flax NNX.
+
 torch and Keras are imported only here, and only when one of these functions is called.
 """
 
@@ -18,6 +22,7 @@ from optax_rmsprop.carry._flax import to_nnx
 from optax_rmsprop.carry._keras import from_keras
 from optax_rmsprop.carry._names import names_of
 from optax_rmsprop.carry._optax import from_optax
+from optax_rmsprop.carry._port_of import port_of
 from optax_rmsprop.carry._run import Run
 from optax_rmsprop.carry._schedules import schedule_of
 from optax_rmsprop.carry._torch import from_torch, from_torch_checkpoint, to_torch
@@ -29,6 +34,7 @@ __all__ = [
     "from_torch",
     "from_torch_checkpoint",
     "names_of",
+    "port_of",
     "schedule_of",
     "to_nnx",
     "to_torch",

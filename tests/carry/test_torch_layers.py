@@ -243,6 +243,7 @@ CELLS = {
     "gru": (torch.nn.GRU, linen.GRUCell, torch_layers.gru),
 }
 NNX_CELLS = {
+    "rnn": (torch.nn.RNN, nnx.SimpleCell, torch_layers.nnx_fused),
     "lstm": (torch.nn.LSTM, nnx.LSTMCell, torch_layers.nnx_lstm),
     "optimized lstm": (torch.nn.LSTM, nnx.OptimizedLSTMCell, torch_layers.nnx_fused),
     "gru": (torch.nn.GRU, nnx.GRUCell, torch_layers.nnx_fused),
@@ -320,9 +321,9 @@ def test_another_recurrent_class_is_refused():
     lstm = weights_of(torch.nn.LSTM(4, 6))
     with pytest.raises(ValueError, match="weight_hh_l0 must be of torch's gru, got"):
         torch_layers.gru(lstm, "")
-    simple = weights_of(torch.nn.RNN(4, 6))
-    with pytest.raises(ValueError, match="must be of torch's gru or lstm, got"):
-        torch_layers.nnx_fused(simple, "")
+    two_gates = {"weight_hh_l0": np.ones((12, 6))}
+    with pytest.raises(ValueError, match="must be of torch's gru or lstm or rnn, got"):
+        torch_layers.nnx_fused(two_gates, "")
 
 
 def test_a_projection_is_refused():
@@ -391,6 +392,14 @@ ABOUT_LONG = {
     ),
     "must be of torch's lstm": lambda: torch_layers.lstm(
         {f"{LONG}.weight_hh_l0": np.ones((3, 1))}, LONG
+    ),
+    "`heads` must be torch's": lambda: torch_layers.attention(
+        {f"{LONG}.{k}": np.ones((9, 3)) for k in ("in_proj_weight", "out_proj.weight")},
+        LONG,
+        2,
+    ),
+    "must be without add_bias_kv": lambda: torch_layers.attention(
+        {f"{LONG}.bias_k": np.ones(1)}, LONG, 1
     ),
     "must be without proj_size": lambda: torch_layers.lstm(
         {f"{LONG}.weight_hr_l0": np.ones((3, 1))}, LONG
