@@ -6,11 +6,12 @@ make one table of weights (`_run.py`), from which `carry` makes parameters, an o
 and its state. `_slots.py` has the names of the slots in each framework. The user's port
 says how weights move; `_port.py` probes it, so that the same function moves every slot.
 `_back.py` reverses all of that for `to_torch`. `_optax.py` converts a state of optax's
-own RMSprop, which needs no port. `torch_layers` has ports of torch's usual layers.
-torch and Keras are imported only here, and only when one of these functions is called.
+own RMSprop, which needs no port. `torch_layers` and `keras_layers` have ports of the
+usual layers; `_keras_port.py` makes a port from a live model. torch and Keras are
+imported only here, and only when one of these functions is called.
 """
 
-from optax_rmsprop.carry import torch_layers
+from optax_rmsprop.carry import keras_layers, torch_layers
 from optax_rmsprop.carry._keras import from_keras
 from optax_rmsprop.carry._optax import from_optax
 from optax_rmsprop.carry._run import Run
@@ -22,6 +23,7 @@ __all__ = [
     "from_optax",
     "from_torch",
     "from_torch_checkpoint",
+    "keras_layers",
     "to_torch",
     "torch_layers",
 ]
