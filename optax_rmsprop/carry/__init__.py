@@ -17,7 +17,7 @@ tabulates torch's schedulers; `_flax.py` goes on in Flax NNX.
 torch and Keras are imported only here, and only when one of these functions is called.
 """
 
-from optax_rmsprop.carry import torch_layers
+from optax_rmsprop.carry import keras_layers, torch_layers
 from optax_rmsprop.carry._flax import to_nnx
 from optax_rmsprop.carry._keras import from_keras
 from optax_rmsprop.carry._names import names_of
@@ -33,6 +33,7 @@ __all__ = [
     "from_optax",
     "from_torch",
     "from_torch_checkpoint",
+    "keras_layers",
     "names_of",
     "port_of",
     "schedule_of",
