@@ -48,7 +48,8 @@ def torch_network() -> nn.Sequential:
     for name, (inputs, channels, size, stride, groups) in LAYERS.items():
         shape = inputs, channels, size, stride, size // 2
         conv = nn.Conv2d(*shape, groups=groups, bias=False)
-        layers[name] = nn.Sequential(conv, nn.BatchNorm2d(channels), nn.SiLU())
+        parts = {"conv": conv, "norm": nn.BatchNorm2d(channels), "silu": nn.SiLU()}
+        layers[name] = nn.Sequential(OrderedDict(parts))
     layers["mean"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     layers["head"] = nn.Linear(128, 10)
     return nn.Sequential(layers)
@@ -75,7 +76,7 @@ def port(weights: dict[str, np.ndarray]) -> dict[str, dict]:
     """The weights of the torch network as the variables of the Flax network."""
     params, statistics = {"head": torch_layers.linear(weights, "head")}, {}
     for name in LAYERS:
-        conv, norm = f"{name}.0", f"{name}.1"
+        conv, norm = f"{name}.conv", f"{name}.norm"
         params[f"{name}_conv"] = torch_layers.conv(weights, conv)
         params[f"{name}_norm"] = torch_layers.norm(weights, norm)
         # torch's running variance is n/(n - 1) times Flax's. Only evaluation sees that.

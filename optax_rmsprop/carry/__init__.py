@@ -8,9 +8,9 @@ says how weights move; `_port.py` probes it, so that the same function moves eve
 `_back.py` reverses all of that for `to_torch`. `_optax.py` converts a state of optax's
 own RMSprop, which needs no port.
 
-`port_of` makes the port of a live model, from the layers of `torch_layers` by the rules
-in `_port_rules.py`, or from those of `keras_layers` by `_keras_port.py`; `_port_like.py`
-fits it to a tree of Flax. `_checkpoints.py` finds model and optimizer in the files of
+`port_of` makes the port of a live model: of torch from the layers in `torch_layers`, by
+the rules in `_port_rules.py`, of Keras from those in `keras_layers`, by
+`_keras_port.py`; `_port_like.py` fits it to a tree of Flax. `_checkpoints.py` finds model and optimizer in the files of
 several frameworks, and `_names.py` names the optimizer's parameters. `_schedules.py`
 tabulates torch's schedulers; `_flax.py` goes on in Flax NNX.
 

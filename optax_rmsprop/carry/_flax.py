@@ -56,6 +56,9 @@ def to_nnx(run: Run, model: nnx.Module, wrt: Any = None) -> nnx.Optimizer:
       ...     source, torch_optimizer, lambda weights: torch_layers.linear(weights, "")
       ... )
       >>> optimizer = to_nnx(run, nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+
+    References:
+      flax/nnx/training/optimizer.py (0.12.8).
     """
     from flax import nnx
 

@@ -66,6 +66,9 @@ def names_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[s
       >>> model = torch.nn.Linear(3, 2)
       >>> names_of(model, torch.optim.RMSprop([model.bias, model.weight]))
       ['bias', 'weight']
+
+    References:
+      torch/nn/parallel/distributed.py, torch/_dynamo/eval_frame.py (2.13.0).
     """
     import torch
 

@@ -20,6 +20,7 @@ that a rule leaves out, and tied ones, which the port must use once.
 from __future__ import annotations  # so that help() shows these types by name
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ import jax
 import numpy as np
 
 from optax_rmsprop._errors import bare, kind_of, short, shown, some
+from optax_rmsprop.carry._keras_port import keras_port
 from optax_rmsprop.carry._port import Port
 from optax_rmsprop.carry._port_like import Form, Path, fitted, nested
 from optax_rmsprop.carry._port_rules import Rule, cells_known, layers_known, rule_for
@@ -35,6 +37,7 @@ from optax_rmsprop.carry._torch_read import tensors_of
 from optax_rmsprop.carry.torch_layers import Weights, _name
 
 if TYPE_CHECKING:
+    import keras
     import torch
 
 
@@ -58,12 +61,12 @@ class _Layer(NamedTuple):
 
 
 def port_of(
-    model: torch.nn.Module,
+    model: torch.nn.Module | keras.Model,
     *,
     like: Any = None,
     rules: Mapping[type, Rule] | None = None,
 ) -> Port:
-    """Make the port of a model, for `from_torch`, from the classes of its modules.
+    """Make the port of a model of torch, from the classes of its modules; or of Keras.
 
     The tree is a nested dict with the names of the modules, such as
     {"features": {"0": {"kernel": ..., "bias": ...}}}. Each layer has the names and
@@ -81,11 +84,16 @@ def port_of(
     The port does not know how the layers are called. A Linear after a flattened image
     needs a rule with `flattened`, as below, since Flax flattens in another order.
 
+    The port of a Keras model is for `from_keras`. Its tree is named and nested as the
+    layers are, which become what `keras_layers` makes of them. A layer of another class
+    must have no weights of its own, and becomes a dict of the layers in it.
+
     Args:
-      model: a live model. It is not changed, and not needed by the port.
-      like: a tree of Flax, whose structure and names the port shall return: variables
-        of Linen ({"params": ...}, with or without batch_stats, or the parameters
-        alone), an `nnx.Module`, an `nnx.State`, or a pure dict of one. Only its shapes
+      model: a live model, of Keras a built one. It is not changed. A port of torch does
+        not need it any more.
+      like: for torch, a tree of Flax, whose structure and names the port shall return:
+        variables of Linen ({"params": ...}, with or without batch_stats, or the
+        parameters alone), an `nnx.Module`, an `nnx.State`, or a pure dict of one. Only its shapes
         are used. Layers are matched to layers with the same leaves of the same shapes.
         If several layers have the same, their names must decide: layers.0 is layers_0,
         and numbers alone count by their order. If `like` has no running statistics,
@@ -96,7 +104,8 @@ def port_of(
         module's name and the module to a dict of arrays, nested or not, or to one
         array. It must use all parameters of the module and its children. Rules come
         before the built-in ones. As those, they apply to subclasses without a forward
-        of their own.
+        (in Keras a `call`) of their own. A rule for Keras gets Keras' arrays, the path
+        that its weights have, and the layer.
 
     Returns:
       The port: a function from a dict of torch's arrays to the tree.
@@ -126,12 +135,21 @@ def port_of(
       torch/nn/modules, torch/nn/utils (2.13.0); flax/linen and flax/nnx/nn (0.12.8);
       transformers/pytorch_utils.py: Conv1D (4.57).
     """
+    keras_layer = getattr(sys.modules.get("keras"), "Layer", ())
+    if isinstance(model, keras_layer):
+        if like is not None:
+            raise ValueError(
+                "`like` must be None for a Keras model, got a tree; rename the leaves "
+                "of the tree that the port returns"
+            )
+        return keras_port(model, rules)
+
     import torch
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(
-            f"`model` must be a torch.nn.Module, got {kind_of(model)}; give the live "
-            "model"
+            f"`model` must be a torch.nn.Module or a keras.Model, got {kind_of(model)};"
+            " give the live model"
         )
     _check_rules(rules)
     numbered = _Numbered(tensors_of(model))

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("flax")
 from test_keras_port import Model, RMSprop
 
-from optax_rmsprop.carry import from_keras, keras_layers
+from optax_rmsprop.carry import from_keras, keras_layers, port_of
 from optax_rmsprop.carry._keras_port import RULES, keras_port
 from peers.keras_in_flax import TOLERANCE, end_of, far_from
 
@@ -99,7 +99,9 @@ def arrays_of(model):
 def test_the_tree_is_named_and_nested_as_the_layers(keras):
     model = model_of(keras, RECORD["models"]["everything"])
     arrays = arrays_of(model)
-    tree = keras_port(model)(arrays)
+    tree = port_of(model)(arrays)
+    with pytest.raises(ValueError, match="`like` must be None for a Keras model"):
+        port_of(model, like={})
     k = keras_layers
     standard = {kind: arrays[f"standard/{kind}"] for kind in ("mean", "variance")}
     norm = k.norm(arrays, "norm") | k.running_stats(arrays, "norm")

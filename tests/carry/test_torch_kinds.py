@@ -414,7 +414,7 @@ def test_remedies():
     optimizer = torch.optim.RMSprop(model.parameters())
     wrapper = Wrapper(optimizer=optimizer)
     with pytest.raises(
-        TypeError, match=r"got a Wrapper; give the RMSprop in its `\.opt"
+        TypeError, match=r"got a Wrapper, .*; give the RMSprop in its `\.opt"
     ):
         from_torch(model, wrapper, dict)
     with pytest.raises(TypeError, match="got a list; give the optimizer itself"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import optax_rmsprop
+from optax_rmsprop import carry
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], key=str)
@@ -85,6 +86,10 @@ PUBLIC = [
     optax_rmsprop.state_shardings,
     optax_rmsprop.stochastic_apply_updates,
     optax_rmsprop.to_torch,
+    carry.names_of,
+    carry.port_of,
+    carry.schedule_of,
+    carry.to_nnx,
 ]
 
 
