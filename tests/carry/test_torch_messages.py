@@ -30,7 +30,9 @@ def live(groups=1):
     for name in NAMES:
         model.register_parameter(name, torch.nn.Parameter(torch.ones(1)))
     parameters = list(model.parameters())
-    divided = [{"params": parameters[i::groups]} for i in range(groups)]
+    divided = [
+        {"params": parameters[i::groups], "weight_decay": i / 10} for i in range(groups)
+    ]
     optimizer = torch.optim.RMSprop(divided, momentum=0.9)
     update_in_torch(model, optimizer, torch.ones_like)
     return model, optimizer
