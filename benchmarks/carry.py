@@ -127,6 +127,10 @@ def table_line(name, row):
     )
 
 
+def small_table_line(name, row):
+    return " | ".join([name, *(f"{seconds:.2f}" for seconds in row.values())])
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,7 +162,7 @@ def main():
     }
     print("", SMALL_TABLE_HEAD, sep="\n")
     for name, row in small.items():
-        print(" | ".join([name, *(f"{seconds:.2f}" for seconds in row.values())]))
+        print(small_table_line(name, row))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     over = [

@@ -20,13 +20,13 @@ METHODS = {
 }
 
 
-def register(name, head, line):
+def register(name, head, line, *, record=None, part="rows"):
     """A table whose head and lines the benchmark itself also prints."""
 
     @table(name)
     def recorded(language):
-        path = ROOT / "benchmarks" / "results" / f"{name}.json"
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        path = ROOT / "benchmarks" / "results" / f"{record or name}.json"
+        rows = json.loads(path.read_text(encoding="utf-8"))[part]
         return "\n".join([head, *(line(*row) for row in rows.items())])
 
 
@@ -34,6 +34,13 @@ register("step-cpu", step.TABLE_HEAD, step.table_line)
 register("step-gpu", step.TABLE_HEAD, step.table_line)
 register("step-tpu", tpu.TABLE_HEAD, tpu.table_line)
 register("carry", carry.TABLE_HEAD, carry.table_line)
+register(
+    "carry_small",
+    carry.SMALL_TABLE_HEAD,
+    carry.small_table_line,
+    record="carry",
+    part="small",
+)
 register("many_leaves", many_leaves.TABLE_HEAD, many_leaves.table_line)
 register("small_state", small_state.TABLE_HEAD, small_state.table_line)
 cost = small_state_cost
