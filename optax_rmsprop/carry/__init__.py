@@ -10,9 +10,10 @@ own RMSprop, which needs no port.
 
 `port_of` makes the port of a live model: of torch from the layers in `torch_layers`, by
 the rules in `_port_rules.py`, of Keras from those in `keras_layers`, by
-`_keras_port.py`; `_port_like.py` fits it to a tree of Flax. `_checkpoints.py` finds model and optimizer in the files of
-several frameworks, and `_names.py` names the optimizer's parameters. `_schedules.py`
-tabulates torch's schedulers; `_flax.py` goes on in Flax NNX.
+`_keras_port.py`; `_port_like.py` fits it to a tree of Flax. `_checkpoints.py` finds
+model and optimizer in the files of several frameworks, and `_names.py` names the
+optimizer's parameters. `_schedules.py` tabulates torch's schedulers; `_flax.py` goes on
+in Flax NNX.
 
 torch and Keras are imported only here, and only when one of these functions is called.
 """

@@ -62,8 +62,8 @@ class SourceArrays:
 
     Attributes:
       names: the parameters and buffers that `arrays` yields.
-      without_state: the parameters of groups whose state is that before the first
-        update. torch has none then.
+      without_state: the parameters whose state is that before the first update. torch
+        has none then.
     """
 
     def __init__(self, params: Any, opt_state: Any, source: Source, port: Port):
@@ -101,15 +101,17 @@ class SourceArrays:
                 for slot, tree in slots.items()
                 for leaf in jax.tree.leaves(tree)
             )
-            for slot, masked_tree in slots.items():
-                tree = _with_zeros(masked_tree, params)
-                trained = self._names_in(label, masked_tree)
-                found |= trained
+            trees = {slot: _with_zeros(tree, params) for slot, tree in slots.items()}
+            trained = set[str]()
+            for slot, tree in trees.items():
+                trained |= self._names_in(label, slots[slot])
                 broken += self._not_finite(slot, tree, trained)
-                if is_fresh:
-                    self.without_state |= trained
-                else:
-                    self._slots.append((slot, step, tree, trained))
+            found |= trained
+            without = trained if is_fresh else self._as_at_first(trained, trees, group)
+            self.without_state |= without
+            self._slots += [
+                (slot, step, tree, trained - without) for slot, tree in trees.items()
+            ]
         warn_of_nan(broken)
         for name, weight in source.weights.items():
             if weight.trained and name not in found and weight.group not in states:
@@ -126,6 +128,19 @@ class SourceArrays:
             for name, array in self._probed.disassemble(tree):
                 if name in names:
                     yield name, step, slot, array
+
+    def _as_at_first(
+        self, names: set[str], trees: Mapping[str, Any], group: Group
+    ) -> set[str]:
+        """Parameters of which the source has no state, and whose slots are initial."""
+        found = {name for name in names if self._source.weights[name].slots is None}
+        for slot, tree in trees.items():
+            for sources, leaf in zip(
+                self._probed.sources, jax.tree.leaves(tree), strict=True
+            ):
+                if found.intersection(sources) and (leaf != group.initial(slot)).any():
+                    found.difference_update(sources)
+        return found
 
     def _check_elsewhere(self) -> None:
         """Refuse to write a parameter that another optimizer trains in the source."""

@@ -107,7 +107,7 @@ def _kind(saved: Mapping[str, Any]) -> tuple[str, list[str]]:
     if "pytorch-lightning_version" in saved:
         # Its callbacks may have dicts of tensors, too.
         return LIGHTNING, [k for k in ("state_dict", "optimizer_states") if k in saved]
-    if {"state_dict", "optimizer", "arch"} <= saved.keys():
+    if {"state_dict", "optimizer", "arch", "version"} <= saved.keys():
         left_out = ", without its state_dict_ema" if "state_dict_ema" in saved else ""
         return TIMM + left_out, ["state_dict", "optimizer"]
     if any(_member(key).endswith(".optimizer") for key in saved):
@@ -127,12 +127,12 @@ def _member(key: Any) -> str:
     return str(key).removesuffix(".pth")
 
 
-def _rule(kind: str, groups: int) -> MayBeIn:
-    """The rule by which this kind divides parameters into groups, if it is known.
+def _rule(kind: str, groups: int) -> MayBeIn | None:
+    """The rule by which this kind divides parameters into groups, if it has one.
 
-    It is used only as far as the names and shapes tell. HF Trainer gives no decay to
-    the weights of layers of some classes either, and timm to those that a model lists:
-    so other parameters may be in any group.
+    Within a group, these kinds keep the order of the model. HF Trainer gives no decay
+    to the weights of layers of some classes either, and timm to those that a model
+    lists: so other parameters may be in any group.
     """
 
     def trainer(name: str, shape: Shape, group: int) -> bool:
@@ -146,7 +146,9 @@ def _rule(kind: str, groups: int) -> MayBeIn:
         return trainer
     if kind.startswith(TIMM) and groups == 2:
         return timm
-    return lambda name, shape, group: True
+    if kind == STABLE_BASELINES3:
+        return lambda name, shape, group: True
+    return None  # the program chose the order
 
 
 def _of_owner(

@@ -68,12 +68,15 @@ def from_keras(
 def _read(
     model: keras.Model, optimizer: keras.optimizers.RMSprop, learning_rate: Any
 ) -> Source:
-    kind = type(optimizer)
-    if (kind.__name__, kind.__module__.split(".")[0]) != ("RMSprop", "keras"):
-        name = bare(f"{kind.__module__}.{kind.__name__}")
+    step = getattr(type(optimizer), "update_step", None)
+    module, name = getattr(step, "__module__", ""), getattr(step, "__qualname__", "")
+    if (module, name) != ("keras.src.optimizers.rmsprop", "RMSprop.update_step"):
+        remedy = "its state means something else"
+        if hasattr(optimizer, "inner_optimizer"):
+            remedy = "give its .inner_optimizer"
         raise TypeError(
-            "`optimizer` must be a keras.optimizers.RMSprop of Keras 3, got "
-            f"{name}; its state means something else"
+            "`optimizer` must be a keras.optimizers.RMSprop of Keras 3, or inherit its "
+            f"update_step, got {kind_of(optimizer)}; {remedy}"
         )
     if repeated := _repeated(v.path for v in model.weights):
         raise ValueError(

@@ -5,8 +5,9 @@ Take a model with these tensors, and an optimizer whose state has these shapes:
     model       {"a.weight": (3, 3), "a.bias": (3,), "b.weight": (3, 3), "b.bias": (3,)}
     optimizer   group 0: [(3, 3), (3, 3)]    group 1: [(3,), (3,)]
 
-Each group has its parameters in the order of the model, as all optimizers have that are
-made from `model.parameters()` or parts of it. Hence there is only one possibility:
+A program may give parameters to an optimizer in any order. But some kinds of checkpoint
+are known to have those of each group in the order of the model. Then there is only one
+possibility:
 
     group 0: ["a.weight", "b.weight"]        group 1: ["a.bias", "b.bias"]
 
@@ -138,7 +139,7 @@ def may_train(tensor: torch.Tensor) -> bool:
 def in_order(
     candidates: Mapping[str, torch.Tensor],
     wanted: Sequence[Sequence[Shape | None]],
-    may_be_in: MayBeIn,
+    may_be_in: MayBeIn | None,
 ) -> list[str] | None:
     """The names of the optimizer's parameters, if there is only one possibility.
 
@@ -146,7 +147,8 @@ def in_order(
       candidates: the model's tensors, in its order.
       wanted: for each group, the shapes of its parameters, or None for one that has no
         state and may therefore have any shape.
-      may_be_in: a rule about the groups.
+      may_be_in: a rule about the groups, in which the parameters have the order of the
+        model. None if they may have any order.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in candidates.items()}
     by_shape = collections.defaultdict(list)
@@ -157,7 +159,7 @@ def in_order(
     only = {names[0] for names in alike if len(names) == 1}
     if len(only) == sum(map(len, wanted)):
         return [name for (name,) in alike]
-    if _may_be_sorted(candidates):
+    if may_be_in is None or _may_be_sorted(candidates):
         return None
     return _only_assignment(shapes, wanted, may_be_in)
 

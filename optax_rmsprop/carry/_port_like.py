@@ -9,8 +9,9 @@ all have {"kernel": (3, 3, 8, 8), "bias": (8,)}. The names are split into words,
 ("features", 0), ("features", 3) and ("conv", 0), ("conv", 1). Names that differ in
 their numbers alone are a family; here each side has one. Within a family a number
 counts only by its rank among its siblings: 0 and 3 are the first and the second, as are
-0 and 1. Where there are several families, those of the same words belong together, and
-then those that alone have the same ranks.
+0 and 1. Names with several numbers in one part must have the same words. Where there
+are several families, those of the same words belong together, and then those that alone
+have the same ranks.
 """
 
 from __future__ import annotations
@@ -193,6 +194,10 @@ def _matched(
             [_words(names[layer]) for layer in layers],
             [_words(".".join(path)) for path in free],
         )
+        if len(pairs) > 1 and any(
+            _may_be_crossed(names[layers[i]], free[j]) for i, j in pairs
+        ):
+            continue
         for i, j in pairs:
             found[layers[i]] = wanted[kind][layers[i]], free[j]
             taken.add(free[j])
@@ -241,6 +246,21 @@ def _paired(ours: Sequence[Words], theirs: Sequence[Words]) -> list[tuple[int, i
             return []
         pairs += [(members[ranks], partner[ranks]) for ranks in members]
     return pairs if len(pairs) == len(ours) else []
+
+
+def _may_be_crossed(name: str, path: Path) -> bool:
+    """Whether numbers may stand for other things in the two names.
+
+    branch0.conv1 and conv1_branch0 have them in another order. Modules within modules
+    have them from the outside in.
+    """
+    parts = [*name.split("."), *path]
+    in_one = any(len(re.findall(r"\d+", part)) > 1 for part in parts)
+    return in_one and _letters(_words(name)) != _letters(_words(".".join(path)))
+
+
+def _letters(words: Words) -> Words:
+    return tuple(word for word in words if not word.isdigit())
 
 
 def _words(name: str) -> Words:

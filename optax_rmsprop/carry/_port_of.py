@@ -93,8 +93,9 @@ def port_of(
         not need it any more.
       like: for torch, a tree of Flax, whose structure and names the port shall return:
         variables of Linen ({"params": ...}, with or without batch_stats, or the
-        parameters alone), an `nnx.Module`, an `nnx.State`, or a pure dict of one. Only its shapes
-        are used. Layers are matched to layers with the same leaves of the same shapes.
+        parameters alone), an `nnx.Module`, an `nnx.State`, or a pure dict of one. Only
+        its shapes are used. Layers are matched to layers with the same leaves of the
+        same shapes.
         If several layers have the same, their names must decide: layers.0 is layers_0,
         and numbers alone count by their order. If `like` has no running statistics,
         the port leaves them out. A cell of NNX must have both biases

@@ -37,6 +37,7 @@ import optax
 from optax_rmsprop import _errors, dialects
 from optax_rmsprop._errors import at, bare, kind_of, shown, some
 from optax_rmsprop.carry._port import Port, ProbedPort, other_tree
+from optax_rmsprop.carry._schedules import Schedule
 from optax_rmsprop.carry._slots import (
     FIELDS,
     GRAD_AVG,
@@ -100,8 +101,8 @@ class Run(NamedTuple):
 
     Attributes:
       params: the tree that the port returns.
-      tx: the optimizer: `dialects.torch`, `dialects.timm` or `dialects.keras` with the
-        options of the run's group, or an `optax.partition` of several.
+      tx: the optimizer: one of the `dialects` torch, timm, stable_baselines3 and keras,
+        with the options of the run's group, or an `optax.partition` of several.
       opt_state: its state, with the run's averages, momentum and number of steps.
     """
 
@@ -126,9 +127,11 @@ class Weight(NamedTuple):
       shape: known without converting the array.
       array: its values, see `lazy`.
       group: the label of the group that has it, trained or not; None for a buffer.
-      trained: False if it is frozen, or has had no gradient although others of its
-        group have.
+      trained: False if it is frozen, or decays and has had no gradient although others
+        of its group have.
       slots: by torch's names; None if the optimizer has no state of it.
+      waits: whether it has had no gradient although others of its group have. The port
+        may leave it out.
     """
 
     shape: tuple[int, ...]
@@ -136,6 +139,7 @@ class Weight(NamedTuple):
     group: str | None = None
     trained: bool = False
     slots: Mapping[str, LazyArray] | None = None
+    waits: bool = False
 
     @property
     def label(self) -> str:
@@ -153,6 +157,7 @@ class Source(NamedTuple):
       tied: the further names of tied weights, each with the name in `weights`.
       overlaps: pairs of weights that share a part of their memory.
       elsewhere: parameters that train, but not by this optimizer.
+      still: parameters that do not train only because they have had no gradient.
       may_have_copies: whether tied weights may be in `weights` twice, because the
         source does not keep which share memory.
     """
@@ -162,6 +167,7 @@ class Source(NamedTuple):
     tied: Mapping[str, str] = {}
     overlaps: Sequence[tuple[str, str]] = ()
     elsewhere: Collection[str] = ()
+    still: Collection[str] = ()
     may_have_copies: bool = False
 
     def check(self) -> None:
@@ -223,7 +229,11 @@ def probe(source: Source, port: Port | None) -> ProbedPort:
     probed = ProbedPort(
         with_tied,
         shapes={name: weight.shape for name, weight in source.weights.items()},
-        needed={name for name, weight in source.weights.items() if weight.trained},
+        needed={
+            name
+            for name, weight in source.weights.items()
+            if weight.trained and not weight.waits
+        },
     )
     used = {name for names in probed.sources for name in names}
     for pair in source.overlaps:
@@ -236,9 +246,9 @@ def probe(source: Source, port: Port | None) -> ProbedPort:
     for name, twin in _copies(source, used) if source.may_have_copies else ():
         raise ValueError(
             f"`{bare(name)}`, which the optimizer does not have, must not be a copy of "
-            f"`{bare(twin)}`, which it trains, got equal values: if they were tied in "
-            "torch, the port must use one of them, and the function in JAX use it "
-            "twice; if not, give `trainable`, the names of the parameters that train"
+            f"`{bare(twin)}`, which it trains, got equal values; let the port leave it "
+            "out. If they were tied in torch, use the other one twice in JAX; if not, "
+            "copy it in JAX"
         )
     return probed
 
@@ -269,6 +279,12 @@ def carry(source: Source, port: Port | None, learning_rate: Any) -> Run:
     """Start a run in JAX with the numbers of another framework's run."""
     source.check()
     probed = probe(source, port)
+    if source.still:
+        warn(
+            "carried as parameters that do not train, because they have had no "
+            "gradient and others of their group have: "
+            f"{some(map(bare, source.still), most=300)}; if they do, give `trainable`"
+        )
     rates = _learning_rates(learning_rate, source)
     source = _joined(source, rates)
     labels = probed.label_tree(
@@ -315,8 +331,11 @@ def _for_tree(
             raise other_tree(name, tree, like)
 
     def init_fn(params: Any) -> Any:
-        check("params", params)
-        return tx.init(params)
+        try:
+            return tx.init(params)  # optax's own tools give it other trees, too
+        except ValueError:
+            check("params", params)
+            raise
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         check("updates", updates)
@@ -388,20 +407,42 @@ def _learning_rates(learning_rate: Any, source: Source) -> dict[str, Any]:
     elif learning_rate is not None:
         bases = {label: group.initial_lr for label, group in groups.items()}
         if len({*rates.values()}) > 1 or len({*bases.values()}) > 1:
-            if not callable(learning_rate):
+            if not callable(learning_rate) or isinstance(learning_rate, Schedule):
                 raise ValueError(
                     f"`learning_rate` must be a list of one for each of {len(groups)} "
                     f"groups, whose rates differ, got {shown(learning_rate)}; or give "
-                    "a schedule, by which the rate of each is multiplied"
+                    "a function of the count, by which the rate of each is multiplied"
                 )
             factors = bases
         rates = dict.fromkeys(groups, learning_rate)
     last = max(group.step for group in groups.values())
     for label, group in groups.items():
+        _check_rate(label, rates[label], last)
         adapted = _Adapted(rates[label], factors[label], last - group.step)
         if callable(rates[label]) and (adapted.factor != 1 or adapted.behind):
             rates[label] = adapted
     return rates
+
+
+def _check_rate(label: str, rate: Any, step: int) -> None:
+    """Refuse what is no rate, and a table of torch's that begins at another step."""
+    if hasattr(rate, "get_last_lr"):
+        raise TypeError(
+            f"`learning_rate` must be a number or a schedule, got {kind_of(rate)}; "
+            "give schedule_of(scheduler, steps)"
+        )
+    if isinstance(rate, Schedule) and rate.start != step:
+        raise ValueError(
+            f"`learning_rate` must be a table that begins at the run's step, {step}, "
+            f"got one for group {label} that begins at {rate.start}; load the "
+            "optimizer's state in torch, too, before schedule_of"
+        )
+    remedy = "give a number, a schedule, or a list of them"
+    if not callable(rate) and not (np.ndim(rate) == 0 and _errors.is_real(rate)):
+        raise TypeError(
+            f"`learning_rate` must be a number or a schedule, got {shown(rate)} for "
+            f"group {label}; {remedy}"
+        )
 
 
 def _joined(source: Source, rates: Mapping[str, Any]) -> Source:
@@ -474,16 +515,18 @@ def is_masked(leaf: Any) -> bool:
 
 
 def warn_of_nan(slots: list[str]) -> None:
-    """Warn of slots that are not finite, at the user's line that called the package."""
-    if not slots:
-        return
+    """Warn of slots that are not finite."""
+    if slots:
+        warn(
+            f"carried as it is, with NaN or infinity: {some(slots, most=300)}; those "
+            "parameters will not train any more"
+        )
+
+
+def warn(message: str) -> None:
+    """Warn at the user's line that called the package."""
     package, level, frame = __name__.partition(".")[0], 1, sys._getframe()
     # A frame has no name where exec runs code in a namespace without one.
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == package:
         frame, level = frame.f_back, level + 1
-    warnings.warn(
-        f"carried as it is, with NaN or infinity: {some(slots, most=300)}; those "
-        "parameters will not train any more",
-        RuntimeWarning,
-        stacklevel=level,
-    )
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

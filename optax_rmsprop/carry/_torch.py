@@ -32,6 +32,7 @@ def from_torch(
     port: Port,
     learning_rate: Any = None,
     *,
+    trainable: Collection[str] | None = None,
     dialect: str | None = None,
 ) -> Run:
     """Carry a model and its RMSprop from torch to JAX.
@@ -54,12 +55,15 @@ def from_torch(
         Schedules are functions of the number of updates that the run has made, torch's
         included, also for a group that was added later. If a schedule has an attribute
         `momentum` that is not None, this is the schedule of the momentum.
+      trainable: the names of the optimizer's parameters that train. By default it is
+        those with requires_grad. But one that decays, and that has had no gradient
+        although others of its group have, does not train: torch skips it as long as it
+        has none, and gradients of 0, as JAX has, would let it decay.
       dialect: "torch", "timm" or "stable_baselines3", for an optimizer of another class
         whose step is the one of these.
 
     Returns:
-      A `Run`. Its optimizer does not change leaves that no group trains, nor leaves
-      that have had no gradient although others of their group have.
+      A `Run`. Its optimizer does not change leaves that do not train.
 
     Raises:
       KeyError: the port asks for a name that the model does not have.
@@ -73,7 +77,8 @@ def from_torch(
         counterpart here.
 
     Warns:
-      RuntimeWarning: a slot has NaN or infinity. It is carried as it is.
+      RuntimeWarning: a slot has NaN or infinity, and is carried as it is; a parameter
+        does not train because it has had no gradient.
 
     Example:
       >>> import torch
@@ -90,7 +95,7 @@ def from_torch(
     References:
       torch/optim/rmsprop.py (2.13.0); timm/optim/rmsprop_tf.py (1.0.31).
     """
-    return carry(read(model, optimizer, dialect), port, learning_rate)
+    return carry(read(model, optimizer, trainable, dialect), port, learning_rate)
 
 
 def from_torch_checkpoint(
@@ -117,11 +122,12 @@ def from_torch_checkpoint(
       names: the names of the optimizer's parameters, in its order, as `names_of` gives
         them. By default they are the checkpoint's own. It has them if the optimizer was
         made from `model.named_parameters()`. In a whole checkpoint they are found if
-        the shapes, and the order of a known kind, allow only one possibility.
+        the shapes, and the order of timm, HF Trainer or Stable-Baselines3, allow only
+        one possibility.
       learning_rate: as in `from_torch`.
-      trainable: the names of the parameters that train. By default it is all that the
-        optimizer has, but those without a state although others of their group have
-        one. It must be given if a group has no state and another has.
+      trainable: as in `from_torch`. A checkpoint does not say which parameters were
+        frozen: by default all do train. It must be given if a group has no state and
+        another has.
       dialect: as in `from_torch`. A state_dict does not name the optimizer's class: its
         options show timm's and, from torch 1.12, torch's. Otherwise it must be given.
 
@@ -152,7 +158,7 @@ def from_torch_checkpoint(
       >>> run = from_torch_checkpoint(loaded["model"], loaded["optimizer"], port, names)
       >>> run.params["kernel"].shape
       (3, 2)
-      >>> run = from_torch_checkpoint(loaded, port=port)  # the shapes tell the names
+      >>> run = from_torch_checkpoint(loaded, port=port, names=names)  # the same
 
     References:
       See `from_torch`.
@@ -205,5 +211,5 @@ def to_torch(
     References:
       See `from_torch`.
     """
-    source = read(model, optimizer, dialect)
+    source = read(model, optimizer, dialect=dialect)
     write(model, optimizer, SourceArrays(params, opt_state, source, port))

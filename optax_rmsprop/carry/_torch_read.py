@@ -67,6 +67,7 @@ def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def read(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
+    trainable: Collection[str] | None = None,
     dialect: str | None = None,
 ) -> Source:
     """Read a live model and optimizer."""
@@ -90,17 +91,22 @@ def read(
             )
         return names[parameter]
 
-    frozen = {name for p, name in names.items() if not p.requires_grad}
     groups, states = optimizer.param_groups, optimizer.state
     check_groups(groups, states)
+    fixed = {name for p, name in names.items() if not p.requires_grad}
+    frozen = fixed
+    if trainable is not None:
+        frozen = _frozen(groups, states, name_of, trainable)
     # timm up to 1.0.30 reads this, and later versions copy it into each group.
     made_with = {"max_lr_snapshot": getattr(optimizer, "defaults", {}).get("lr")}
     options = [made_with | group for group in groups]
-    source = _source(tensors_of(model), options, states, name_of, dialect, frozen)
+    chosen = trainable or ()
+    tensors = tensors_of(model)
+    source = _source(tensors, options, states, name_of, dialect, frozen, chosen)
     elsewhere = {
         name
         for name in names.values()
-        if name not in frozen and (w := source.weights.get(name)) and w.group is None
+        if name not in fixed and (w := source.weights.get(name)) and w.group is None
     }
     return source._replace(elsewhere=elsewhere)
 
@@ -151,7 +157,7 @@ def read_checkpoint(
     frozen = _frozen(groups, states, name_of, trainable)
     chosen = trainable or ()
     source = _source(tensors, groups, states, name_of, dialect, frozen, chosen)
-    return source._replace(may_have_copies=trainable is None)
+    return source._replace(may_have_copies=True)
 
 
 def _frozen(
@@ -180,7 +186,7 @@ def _frozen(
             "of the parameters that train"
         )
     known = {name for group in members for name in group}
-    if unknown := [name for name in trainable if name not in known]:
+    if unknown := [name for name in trainable if name not in list(known)]:
         raise ValueError(
             "`trainable` must be names of the optimizer's parameters, got "
             f"{some(map(str, unknown))}; it has {some(map(bare, known))}"
@@ -189,7 +195,7 @@ def _frozen(
 
 
 def _check_dialect(dialect: str | None) -> None:
-    if dialect is not None and dialect not in OPTIONS:
+    if dialect is not None and dialect not in list(OPTIONS):
         raise ValueError(
             f"`dialect` must be {some(map(repr, OPTIONS), ' or ')}, got "
             f"{shown(dialect)}; leave it out for the classes of these packages"
@@ -207,11 +213,22 @@ def _class_dialect(optimizer: Any, dialect: str | None) -> str:
             "`optimizer` must be the one that makes the steps, got "
             f"{kind_of(optimizer)}, which wraps it; {remedy}"
         )
-    if dialect is not None:
-        return dialect
     step = getattr(type(optimizer), "step", None)
     where = getattr(step, "__module__", ""), getattr(step, "__qualname__", "")
-    if where not in STEPS:
+    own = STEPS.get(where)
+    if own and dialect not in (None, own):
+        raise ValueError(
+            f"`dialect` must be {own!r}, which is that of `optimizer`, got "
+            f"{dialect!r}; leave it out"
+        )
+    for kind in ("pre", "post"):
+        if getattr(optimizer, f"_optimizer_step_{kind}_hooks", None):
+            raise ValueError(
+                f"`optimizer` must have no step {kind} hooks, which may change "
+                "parameters and are not carried, got one; remove it (handle.remove()), "
+                "and do the same in JAX"
+            )
+    if (known := own or dialect) is None:
         remedy = (
             "its state may mean something else: if its step is that of one of these, "
             f"say which: dialect={some(map(repr, OPTIONS), ' or ')}"
@@ -222,7 +239,7 @@ def _class_dialect(optimizer: Any, dialect: str | None) -> str:
             "`optimizer` must be a torch.optim.RMSprop, timm's RMSpropTF or "
             f"Stable-Baselines3's RMSpropTFLike, got {kind_of(optimizer)}; {remedy}"
         )
-    return STEPS[where]
+    return known
 
 
 def _source(
@@ -245,6 +262,7 @@ def _source(
     }
     read_groups = {}
     owned: set[Any] = set()
+    still = list[str]()
     for number, group in enumerate(groups):
         label = str(number)
         group_states = {}
@@ -261,12 +279,18 @@ def _source(
         steps = [_step(name, state) for name, state in group_states.items() if state]
         read_groups[label] = _group(label, group, dialect, max(steps, default=0))
         for name, state in group_states.items():
-            # torch makes a state at the first gradient. Unless the user says otherwise,
-            # a parameter without one, in a group that has some, does not train.
-            if name in trainable or (name not in frozen and (state or not steps)):
-                weights[name] = weights[name]._replace(
-                    trained=True, slots=_slots(name, state) if state else None
-                )
+            if name in frozen:
+                continue
+            waits = not state and bool(steps)
+            # torch makes a state at the first gradient, and skips a parameter without
+            # one. With gradients of 0, as JAX has, only a weight decay would move it.
+            if waits and group["weight_decay"] and name not in trainable:
+                still.append(name)
+                continue
+            slots = _slots(name, state) if state else None
+            weights[name] = weights[name]._replace(
+                trained=True, slots=slots, waits=waits and name not in trainable
+            )
     if foreign := states.keys() - owned:
         raise ValueError(
             "`optimizer` must have a state for its own parameters only, got one for "
@@ -276,7 +300,7 @@ def _source(
     for name in tied:
         del weights[name]
     shared = overlaps({name: tensors[name] for name in weights})
-    return Source(weights, read_groups, tied, shared)
+    return Source(weights, read_groups, tied, shared, still=still)
 
 
 def _slots(name: str, state: Mapping[str, Any]) -> dict[str, LazyArray]:
@@ -300,7 +324,7 @@ def _tied(
         alike[address(tensor)].append(name)
     tied: dict[str, str] = {}
     for names in alike.values():
-        trained = [name for name in names if weights[name].trained]
+        trained = [n for n in names if weights[n].trained and not weights[n].waits]
         if len(trained) > 1:
             raise ValueError(
                 "`optimizer` must train a parameter once, but "
@@ -353,9 +377,17 @@ def _group(
     dialect = dialect or _group_dialect(label, group, others)
     required = COMMON + (ONLY_TIMM if dialect == "timm" else ())
     require(required, f"an RMSprop of {dialect}")
+    foreign = FLAGS.difference(required, OPTIONS[dialect])
+    if used := [name for name in sorted(foreign) if group.get(name)]:
+        raise ValueError(
+            f"`dialect` must be one that has {some(used)}, which group {label} of "
+            f"`optimizer` uses, got {dialect!r}; give the right one, or set them to "
+            "False if the optimizer's step does not use them"
+        )
     options = {name: group[name] for name in required}
     options |= {name: group.get(name, off) for name, off in OPTIONS[dialect].items()}
     options["initial_lr"] = group.get("initial_lr", group["lr"])
+    options["lr_scale"] = group.get("lr_scale", 1.0)  # timm's schedulers multiply by it
     if options.get("corrected_weight_decay"):
         options["max_lr"] = _max_lr(label, group)
     for name, value in options.items():
@@ -367,8 +399,10 @@ def _group(
                 f"{where} must be True or False, got {shown(value)}; {AS_TRAINED}"
             )
     _check_decay(label, group, options)
-    rates = options.pop("lr"), options.pop("initial_lr")
-    return Group(dialect, rates[0], options, step, rates[1])
+    lr, initial_lr, lr_scale = (
+        options.pop(n) for n in ("lr", "initial_lr", "lr_scale")
+    )
+    return Group(dialect, lr, options, step, initial_lr * lr_scale)
 
 
 def _group_dialect(label: str, group: Mapping[str, Any], others: list[str]) -> str:

@@ -54,8 +54,11 @@ class RMSprop:
     def _use_weight_decay(self, variable):
         return not any(word in variable.path for word in self.excluded)
 
+    def update_step(self, gradient, variable, learning_rate):
+        raise NotImplementedError
 
-RMSprop.__module__ = "keras.src.optimizers.rmsprop"
+
+RMSprop.update_step.__module__ = "keras.src.optimizers.rmsprop"
 
 
 def carried(run, learning_rate=None, port=port, **changes):
@@ -157,6 +160,13 @@ def test_another_optimizer():
     half = RECORD["runs"][0]["half"]
     with pytest.raises(TypeError, match=r"must be a keras.optimizers.RMSprop .*Adam"):
         from_keras(Model(half), Adam(), port)
+
+    class Own(RMSprop):
+        def update_step(self, gradient, variable, learning_rate):
+            raise NotImplementedError
+
+    with pytest.raises(TypeError, match="or inherit its update_step, got an Own"):
+        from_keras(Model(half), Own(half), port)
 
 
 def test_equal_paths():

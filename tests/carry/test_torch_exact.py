@@ -13,7 +13,12 @@ pytest.importorskip("torch")
 import torch
 
 from helpers import update_in_torch
-from optax_rmsprop.carry import from_torch, from_torch_checkpoint, to_torch
+from optax_rmsprop.carry import (
+    from_torch,
+    from_torch_checkpoint,
+    schedule_of,
+    to_torch,
+)
 
 
 def two_layers():
@@ -127,6 +132,25 @@ def test_a_class_with_a_step_of_its_own_is_what_the_user_says():
         ValueError, match=r"`dialect` must be 'torch' or .*, got 'Torch'"
     ):
         from_torch(model, optimizer, dict, dialect="Torch")
+
+
+def test_a_known_class_has_its_own_dialect():
+    model, optimizer = timm_run(weight_decay=0.0)
+    assert from_torch(model, optimizer, dict, dialect="timm").params
+    with pytest.raises(
+        ValueError, match="must be 'timm', which is that of `optimizer`"
+    ):
+        from_torch(model, optimizer, dict, dialect="torch")
+
+
+def test_step_hooks_are_refused():
+    model = two_layers()
+    optimizer = torch.optim.RMSprop(model.parameters())
+    hook = optimizer.register_step_post_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="must have no step post hooks"):
+        from_torch(model, optimizer, dict)
+    hook.remove()
+    assert from_torch(model, optimizer, dict).params
 
 
 def test_a_wrapped_optimizer_is_refused_with_the_remedy():
@@ -283,6 +307,37 @@ def test_a_schedule_multiplies_the_rates_with_which_a_scheduler_began():
         np.testing.assert_allclose(after[name], parameter.detach().numpy(), rtol=1e-6)
 
 
+def test_a_schedule_multiplies_the_scales_of_timms_schedulers():
+    model, optimizer = two_groups(rates=(0.0025, 0.01))
+    for group, scale in zip(optimizer.param_groups, (0.25, 1.0), strict=True):
+        group |= {"initial_lr": 0.04, "lr_scale": scale}
+    expected = lengths(from_torch(model, optimizer, dict))
+    run = from_torch(model, optimizer, dict, lambda count: jnp.float32(0.25))
+    np.testing.assert_allclose(lengths(run), expected, rtol=1e-5)
+
+
+def test_a_table_of_torchs_rates_must_be_of_this_run():
+    model, optimizer = two_groups()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    schedules = schedule_of(scheduler, 5)
+    expected = lengths(from_torch(model, optimizer, dict))
+    run = from_torch(model, optimizer, dict, schedules)
+    np.testing.assert_allclose(lengths(run), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="must be a list of one for each of 2 groups"):
+        from_torch(model, optimizer, dict, schedules[0])
+    optimizer.state.clear()
+    early = schedule_of(scheduler, 5)
+    model, optimizer = two_groups()
+    with pytest.raises(ValueError, match=r"begins at the run's step, 2, got .* at 0;"):
+        from_torch(model, optimizer, dict, early)
+    with pytest.raises(
+        TypeError, match=r"got a StepLR; give schedule_of\(scheduler, s"
+    ):
+        from_torch(model, optimizer, dict, [scheduler, 0.1])
+    with pytest.raises(TypeError, match=r"got 'x' for group 1; give a number, a sche"):
+        from_torch(model, optimizer, dict, [0.1, "x"])
+
+
 def test_a_schedule_counts_the_steps_of_the_run_in_a_group_added_later():
     model = two_layers()
     optimizer = torch.optim.RMSprop(model[0].parameters())
@@ -360,7 +415,64 @@ def test_groups_that_do_the_same_are_joined():
         to_torch(run.params, state, model, optimizer, dict)
 
 
+def test_optaxs_tools_take_a_run_of_several_groups():
+    model, optimizer = two_groups()
+    run = from_torch(model, optimizer, dict)
+    named = optax.tree_map_params(
+        run.tx,
+        lambda _, name: name,
+        run.opt_state,
+        {name: name for name in run.params},
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
+    assert named.inner_states["1"].inner_state[0].nu["1.bias"] == "1.bias"
+
+
 # Which parameters train
+
+
+def unfrozen(weight_decay=0.0):
+    """A run whose first layer was frozen, and is not any more."""
+    model = two_layers()
+    decay = weight_decay
+    optimizer = torch.optim.RMSprop(
+        model.parameters(), momentum=0.9, weight_decay=decay
+    )
+    for parameter in model[1].parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
+def test_what_has_had_no_gradient_starts_as_in_torch():
+    model, optimizer = unfrozen()
+    run = from_torch(model, optimizer, dict)
+    to_torch(run.params, run.opt_state, model, optimizer, dict)
+    assert model[0].bias not in optimizer.state
+    _, state = next_steps(run, [ones(run)])
+    copied = copy.deepcopy((model, optimizer))[0]
+    other = torch.optim.RMSprop(copied.parameters(), momentum=0.9)
+    other.load_state_dict(optimizer.state_dict())
+    to_torch(run.params, state, copied, other, dict)
+    assert (other.state[copied[0].bias]["square_avg"] > 0).all()
+    assert_torch_agrees(model, optimizer, run)
+    # The port may leave out a parameter that has had none.
+    head = {"1.weight", "1.bias"}
+    part = from_torch(*unfrozen(), lambda w: {name: w[name] for name in head})
+    assert part.params.keys() == head
+
+
+def test_what_decays_without_a_gradient_does_not_train_unless_it_is_said():
+    model, optimizer = unfrozen(weight_decay=0.1)
+    with pytest.warns(RuntimeWarning, match=r"do not train, .*: 0.weight, 0.bias; if"):
+        run = from_torch(model, optimizer, dict)
+    assert moved(run) == {"1.weight", "1.bias"}
+    names = [name for name, _ in model.named_parameters()]
+    run = from_torch(model, optimizer, dict, trainable=names)
+    assert_torch_agrees(model, optimizer, run)
+    assert moved(from_torch(model, optimizer, dict, trainable=names[:2])) == {
+        *names[:2]
+    }
 
 
 def frozen_backbone(**options):
@@ -428,8 +540,8 @@ def test_a_copy_of_a_tied_weight_is_refused():
         return {name: weights[name] for name in names}
 
     assert moved(from_torch_checkpoint(*saved, port, names)) == {*names}
-    run = from_torch_checkpoint(*saved, dict, names, trainable=names)
-    assert moved(run) == {*names}
+    with pytest.raises(ValueError, match=says):
+        from_torch_checkpoint(*saved, dict, names, trainable=names)
 
 
 def test_what_another_optimizer_trains_is_not_overwritten():

@@ -39,6 +39,15 @@ KINDS = {
 }
 
 
+# Their programs chose the order of the parameters.
+LAYERS_3 = [f"{layer}.{kind}" for layer in range(3) for kind in ("weight", "bias")]
+CHOSEN = {
+    "torch.pt": LAYERS_3,
+    "lightning.ckpt": [f"net.{name}" for name in LAYERS_3],
+    "accelerate.pt": ["0.weight", "2.weight", "0.bias", "1.weight", "1.bias", "2.bias"],
+}
+
+
 def load(file):
     path = RECORDED / "checkpoints" / file
     if not file.endswith(".zip"):
@@ -73,14 +82,14 @@ def distance(file, params):
 @pytest.mark.parametrize("file", KINDS)
 def test_a_checkpoint_goes_on(file, x64, caplog):
     with caplog.at_level("INFO", "optax_rmsprop"):
-        params = finished(file, load(file))
+        params = finished(file, load(file), CHOSEN.get(file))
     assert caplog.messages == [f"the checkpoint is read as {KINDS[file]}"]
     assert distance(file, params) < TOLERANCE
 
 
 def test_names_in_another_order_end_elsewhere(x64):
     saved = load("torch.pt")
-    names = recognise(saved).names
+    names = list(ENDS["torch.pt"])
     a, b = (names.index(name) for name in ("1.weight", "1.bias"))
     names[a], names[b] = names[b], names[a]
     assert distance("torch.pt", finished("torch.pt", saved, names)) > 1e-4
@@ -151,8 +160,16 @@ NAMES = {
 
 @pytest.mark.parametrize(("model", "groups", "names"), NAMES.values(), ids=NAMES)
 def test_names_are_given_only_if_there_is_one_order(model, groups, names):
-    saved = recognise({"a": model, "b": of_shapes(*groups)})
+    optimizer = of_shapes(*groups)
+    saved = recognise({"policy.pth": model, "policy.optimizer.pth": optimizer})
     assert saved.names == names
+
+
+@pytest.mark.parametrize("named", [LAYERS, LINEAR], ids=["alike", "each shape once"])
+def test_a_program_may_give_its_parameters_in_any_order(named):
+    shapes = [tuple(tensor.shape) for tensor in named.values()]
+    saved = recognise({"model": named, "optimizer": of_shapes(shapes)})
+    assert saved.names == (list(named) if named is LINEAR else None)
 
 
 def by_trying_all(shapes, wanted):
@@ -191,8 +208,9 @@ def test_the_search_finds_what_trying_all_finds():
 
 def test_too_many_orders_are_not_searched():
     model = {f"{i}": torch.ones(()) for i in reversed(range(1000))}
-    groups = [[()] * 200 for _ in range(4)]
-    assert recognise({"a": model, "b": of_shapes(*groups)}).names is None
+    optimizer = of_shapes(*[[()] * 200 for _ in range(4)])
+    saved = {"policy.pth": model, "policy.optimizer.pth": optimizer}
+    assert recognise(saved).names is None
 
 
 RULES = {
@@ -209,6 +227,7 @@ RULES = {
             "state_dict": model,
             "optimizer": optimizer,
             "arch": "small",
+            "version": 2,
         },
         {"a.weight": torch.ones(W), "a.bias": torch.ones(W)},
         [[W], [W]],

@@ -290,7 +290,9 @@ def test_what_has_no_gradient_stays_put():
     optimizer = torch.optim.RMSprop(model.parameters(), weight_decay=0.1)
     model.weight.grad, model.bias.grad = torch.ones(2, 3), None
     optimizer.step()
-    run = from_torch(model, optimizer, linear_port)
+    with pytest.warns(RuntimeWarning, match="do not train") as record:
+        run = from_torch(model, optimizer, linear_port)
+    assert record[0].filename == __file__
     g = jax.tree.map(jnp.ones_like, run.params)
     updates, _ = run.tx.update(g, run.opt_state, run.params)
     assert not updates["bias"].any()

@@ -1,5 +1,7 @@
 """Whole models of torch in the names of a Flax model, with torch's numbers."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -435,6 +437,16 @@ def test_names_decide(ours, theirs):
 @pytest.mark.parametrize(("ours", "theirs"), AMBIGUOUS)
 def test_names_do_not_decide(ours, theirs):
     assert _paired(names(ours), names(theirs)) == []
+
+
+def test_numbers_in_another_order_do_not_decide():
+    branch = nn.ModuleDict({f"conv{i}": nn.Linear(3, 5) for i in range(2)})
+    model = nn.ModuleDict({"branch0": branch, "branch1": copy.deepcopy(branch)})
+    crossed = {f"conv{i}_branch{j}": DENSE for i in range(2) for j in range(2)}
+    with pytest.raises(ValueError, match=r"branch0\.conv0 .* and conv0_branch0"):
+        port_of(model, like=crossed)
+    same = {f"branch{j}_conv{i}": DENSE for i in range(2) for j in range(2)}
+    assert port_of(model, like=same)
 
 
 def linear(bias=True):
