@@ -35,11 +35,13 @@ Torch = tuple[nn.Sequential, torch.optim.RMSprop, LRScheduler]
 
 def start_in_torch(steps: int) -> Torch:
     network = torch_network()
+    # The parameters are given with their names, so that the checkpoint has them.
+    named = list(network.named_parameters())
     groups = [
-        {"params": [p for p in network.parameters() if p.ndim > 1]},
-        {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0},
+        {"params": [(n, p) for n, p in named if p.ndim > 1], "weight_decay": 1e-4},
+        {"params": [(n, p) for n, p in named if p.ndim <= 1]},
     ]
-    optimizer = torch.optim.RMSprop(groups, lr=RATE, weight_decay=1e-4, **RECIPE)
+    optimizer = torch.optim.RMSprop(groups, lr=RATE, **RECIPE)
     return network, optimizer, CosineAnnealingLR(optimizer, steps)
 
 
