@@ -269,6 +269,8 @@ class ProbedPort:
             remedy = "let the port leave it out, or give the model that has it"
             if str(name).rpartition(".")[2] == "_extra_state":
                 remedy = "it is no tensor: take it from torch's state_dict yourself"
+            elif {"module", "_orig_mod"} & set(str(name).split(".")):
+                remedy = "make the port of the model within its wrapper (model.module)"
             raise KeyError(
                 f"the port asks for {shown(name)}, which the model does not have; it "
                 f"has {some(alike)}; {remedy}"

@@ -22,7 +22,6 @@ because var = square_avg - grad_avg². `_back.py` does the reverse.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import sys
 import warnings
@@ -37,7 +36,7 @@ import optax
 from optax_rmsprop import _errors, dialects
 from optax_rmsprop._errors import at, bare, kind_of, shown, some
 from optax_rmsprop.carry._port import Port, ProbedPort, other_tree
-from optax_rmsprop.carry._schedules import Schedule
+from optax_rmsprop.carry._rates import Adapted, learning_rates
 from optax_rmsprop.carry._slots import (
     FIELDS,
     GRAD_AVG,
@@ -285,7 +284,7 @@ def carry(source: Source, port: Port | None, learning_rate: Any) -> Run:
             "gradient and others of their group have: "
             f"{some(map(bare, source.still), most=300)}; if they do, give `trainable`"
         )
-    rates = _learning_rates(learning_rate, source)
+    rates = learning_rates(learning_rate, source.groups)
     source = _joined(source, rates)
     labels = probed.label_tree(
         {n: weight.label for n, weight in source.weights.items()}
@@ -369,82 +368,6 @@ def _params(probed: ProbedPort, source: Source) -> Any:
     return probed.unflatten(leaves)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Adapted:
-    """A schedule for one group of several: multiplied, and with the count of the run.
-
-    Attributes:
-      schedule: the user's, called with the number of updates of the run.
-      factor: the group's rate, if the schedule multiplies it.
-      behind: the updates that the run has made and the group, added later, has not.
-    """
-
-    schedule: Callable[[Any], Any]
-    factor: float
-    behind: int
-
-    def __call__(self, count: Any) -> Any:
-        return self.factor * self.schedule(count + self.behind)
-
-    @property
-    def momentum(self) -> Any:
-        momentum = getattr(self.schedule, "momentum", None)
-        return momentum and _Adapted(momentum, 1.0, self.behind)
-
-
-def _learning_rates(learning_rate: Any, source: Source) -> dict[str, Any]:
-    """For each group's label its rate: a number, or a schedule of the group's count."""
-    groups = source.groups
-    rates: dict[str, Any] = {label: group.lr for label, group in groups.items()}
-    factors = dict.fromkeys(groups, 1.0)
-    if isinstance(learning_rate, list | tuple):
-        if len(learning_rate) != len(groups):
-            raise ValueError(
-                f"`learning_rate` must have one for each of {len(groups)} groups, got "
-                f"{len(learning_rate)}; give as many, or one for all"
-            )
-        rates = dict(zip(groups, learning_rate, strict=True))
-    elif learning_rate is not None:
-        bases = {label: group.initial_lr for label, group in groups.items()}
-        if len({*rates.values()}) > 1 or len({*bases.values()}) > 1:
-            if not callable(learning_rate) or isinstance(learning_rate, Schedule):
-                raise ValueError(
-                    f"`learning_rate` must be a list of one for each of {len(groups)} "
-                    f"groups, whose rates differ, got {shown(learning_rate)}; or give "
-                    "a function of the count, by which the rate of each is multiplied"
-                )
-            factors = bases
-        rates = dict.fromkeys(groups, learning_rate)
-    last = max(group.step for group in groups.values())
-    for label, group in groups.items():
-        _check_rate(label, rates[label], last)
-        adapted = _Adapted(rates[label], factors[label], last - group.step)
-        if callable(rates[label]) and (adapted.factor != 1 or adapted.behind):
-            rates[label] = adapted
-    return rates
-
-
-def _check_rate(label: str, rate: Any, step: int) -> None:
-    """Refuse what is no rate, and a table of torch's that begins at another step."""
-    if hasattr(rate, "get_last_lr"):
-        raise TypeError(
-            f"`learning_rate` must be a number or a schedule, got {kind_of(rate)}; "
-            "give schedule_of(scheduler, steps)"
-        )
-    if isinstance(rate, Schedule) and rate.start != step:
-        raise ValueError(
-            f"`learning_rate` must be a table that begins at the run's step, {step}, "
-            f"got one for group {label} that begins at {rate.start}; load the "
-            "optimizer's state in torch, too, before schedule_of"
-        )
-    remedy = "give a number, a schedule, or a list of them"
-    if not callable(rate) and not (np.ndim(rate) == 0 and _errors.is_real(rate)):
-        raise TypeError(
-            f"`learning_rate` must be a number or a schedule, got {shown(rate)} for "
-            f"group {label}; {remedy}"
-        )
-
-
 def _joined(source: Source, rates: Mapping[str, Any]) -> Source:
     """The source, with one group in place of groups that are the same in all they do.
 
@@ -455,7 +378,7 @@ def _joined(source: Source, rates: Mapping[str, Any]) -> Source:
     label_of = {}
     for label, group in source.groups.items():
         rate = rates[label]
-        if isinstance(rate, _Adapted):
+        if isinstance(rate, Adapted):
             rate = id(rate.schedule), rate.factor, rate.behind
         elif not isinstance(rate, int | float):
             rate = id(rate)

@@ -10,11 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_rmsprop._errors import bare, kind_of, shown, some
-from optax_rmsprop.carry._checkpoints import wrapped_optimizer
-from optax_rmsprop.carry._run import Group, LazyArray, Source, Weight, lazy
+from optax_rmsprop.carry._run import LazyArray, Source, Weight, lazy
 from optax_rmsprop.carry._slots import SLOTS
 from optax_rmsprop.carry._torch_format import (
-    AS_TRAINED,
     check_groups,
     check_names,
     check_tensor,
@@ -24,29 +22,11 @@ from optax_rmsprop.carry._torch_format import (
     tensors_in,
 )
 from optax_rmsprop.carry._torch_memory import address, overlaps, problem
+from optax_rmsprop.carry._torch_options import check_dialect, class_dialect, group_of
 
 if TYPE_CHECKING:
     import torch
 
-# The options of a group that change numbers. Checkpoints of older versions lack those
-# with a value here, by which newer versions do the same.
-COMMON = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
-ONLY_TIMM = ("decoupled_decay", "lr_in_momentum")
-OPTIONS: dict[str, dict[str, bool]] = {
-    "torch": {"maximize": False},
-    "timm": {"corrected_weight_decay": False, "caution": False},
-    "stable_baselines3": {},
-}
-FLAGS = {"centered", *ONLY_TIMM, *OPTIONS["torch"], *OPTIONS["timm"]}
-# The functions that make an update, by module and name, and the dialects they follow.
-STEPS = {
-    ("torch.optim.rmsprop", "RMSprop.step"): "torch",
-    ("timm.optim.rmsprop_tf", "RMSpropTF.step"): "timm",
-    (
-        "stable_baselines3.common.sb2_compat.rmsprop_tf_like",
-        "RMSpropTFLike.step",
-    ): "stable_baselines3",
-}
 # The dtypes that `Tensor.numpy` converts, and bfloat16.
 IN_NUMPY = {
     *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
@@ -78,7 +58,7 @@ def read(
             f"`model` must be a torch.nn.Module, got {kind_of(model)}; "
             "from_torch_checkpoint takes state_dicts"
         )
-    dialect = _class_dialect(optimizer, dialect)
+    dialect = class_dialect(optimizer, dialect)
     names: dict[Any, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, name)
@@ -119,7 +99,7 @@ def read_checkpoint(
     dialect: str | None = None,
 ) -> Source:
     """Read the state_dicts of a model and an optimizer."""
-    _check_dialect(dialect)
+    check_dialect(dialect)
     for argument, value in (("model", model), ("optimizer", optimizer)):
         if not isinstance(value, Mapping):
             is_list = isinstance(value, list | tuple)
@@ -194,54 +174,6 @@ def _frozen(
     return known.difference(trainable)
 
 
-def _check_dialect(dialect: str | None) -> None:
-    if dialect is not None and dialect not in list(OPTIONS):
-        raise ValueError(
-            f"`dialect` must be {some(map(repr, OPTIONS), ' or ')}, got "
-            f"{shown(dialect)}; leave it out for the classes of these packages"
-        )
-
-
-def _class_dialect(optimizer: Any, dialect: str | None) -> str:
-    """The dialect of an optimizer: the given one, or that of its class.
-
-    A class is known by the module of its step, which a subclass may inherit.
-    """
-    _check_dialect(dialect)
-    if remedy := wrapped_optimizer(optimizer):
-        raise TypeError(
-            "`optimizer` must be the one that makes the steps, got "
-            f"{kind_of(optimizer)}, which wraps it; {remedy}"
-        )
-    step = getattr(type(optimizer), "step", None)
-    where = getattr(step, "__module__", ""), getattr(step, "__qualname__", "")
-    own = STEPS.get(where)
-    if own and dialect not in (None, own):
-        raise ValueError(
-            f"`dialect` must be {own!r}, which is that of `optimizer`, got "
-            f"{dialect!r}; leave it out"
-        )
-    for kind in ("pre", "post"):
-        if getattr(optimizer, f"_optimizer_step_{kind}_hooks", None):
-            raise ValueError(
-                f"`optimizer` must have no step {kind} hooks, which may change "
-                "parameters and are not carried, got one; remove it (handle.remove()), "
-                "and do the same in JAX"
-            )
-    if (known := own or dialect) is None:
-        remedy = (
-            "its state may mean something else: if its step is that of one of these, "
-            f"say which: dialect={some(map(repr, OPTIONS), ' or ')}"
-        )
-        if isinstance(optimizer, list | tuple | Mapping):
-            remedy = "give the optimizer itself, or both dicts to from_torch_checkpoint"
-        raise TypeError(
-            "`optimizer` must be a torch.optim.RMSprop, timm's RMSpropTF or "
-            f"Stable-Baselines3's RMSpropTFLike, got {kind_of(optimizer)}; {remedy}"
-        )
-    return known
-
-
 def _source(
     tensors: Mapping[str, torch.Tensor],
     groups: Sequence[Mapping[str, Any]],
@@ -277,7 +209,7 @@ def _source(
             group_states[name] = states.get(parameter)
             owned.add(parameter)
         steps = [_step(name, state) for name, state in group_states.items() if state]
-        read_groups[label] = _group(label, group, dialect, max(steps, default=0))
+        read_groups[label] = group_of(label, group, dialect, max(steps, default=0))
         for name, state in group_states.items():
             if name in frozen:
                 continue
@@ -358,94 +290,6 @@ def _step(name: str, state: Mapping[str, Any]) -> int:
             "give the number of updates made"
         )
     return int(step)
-
-
-def _group(
-    label: str, group: Mapping[str, Any], dialect: str | None, step: int
-) -> Group:
-    others = [name for name in group if name not in ("params", "max_lr_snapshot")]
-
-    def require(names: Sequence[str], what: str) -> None:
-        if missing := [name for name in names if name not in group]:
-            raise TypeError(
-                f"`optimizer` must be {what}, but its group {label} lacks "
-                f"{some(missing)}, got the options {some(others)}; its state means "
-                "something else"
-            )
-
-    require(COMMON, "an RMSprop")
-    dialect = dialect or _group_dialect(label, group, others)
-    required = COMMON + (ONLY_TIMM if dialect == "timm" else ())
-    require(required, f"an RMSprop of {dialect}")
-    foreign = FLAGS.difference(required, OPTIONS[dialect])
-    if used := [name for name in sorted(foreign) if group.get(name)]:
-        raise ValueError(
-            f"`dialect` must be one that has {some(used)}, which group {label} of "
-            f"`optimizer` uses, got {dialect!r}; give the right one, or set them to "
-            "False if the optimizer's step does not use them"
-        )
-    options = {name: group[name] for name in required}
-    options |= {name: group.get(name, off) for name, off in OPTIONS[dialect].items()}
-    options["initial_lr"] = group.get("initial_lr", group["lr"])
-    options["lr_scale"] = group.get("lr_scale", 1.0)  # timm's schedulers multiply by it
-    if options.get("corrected_weight_decay"):
-        options["max_lr"] = _max_lr(label, group)
-    for name, value in options.items():
-        where = f"`{name}` of group {label} of `optimizer`"
-        if name not in FLAGS:
-            options[name] = finite(where, value)
-        elif not isinstance(value, bool | np.bool_):
-            raise TypeError(
-                f"{where} must be True or False, got {shown(value)}; {AS_TRAINED}"
-            )
-    _check_decay(label, group, options)
-    lr, initial_lr, lr_scale = (
-        options.pop(n) for n in ("lr", "initial_lr", "lr_scale")
-    )
-    return Group(dialect, lr, options, step, initial_lr * lr_scale)
-
-
-def _group_dialect(label: str, group: Mapping[str, Any], others: list[str]) -> str:
-    """The dialect of a group in a checkpoint, which does not name its class."""
-    is_timm = [name in group for name in ONLY_TIMM]
-    if all(is_timm):
-        return "timm"
-    since_1_12 = ("maximize", "foreach", "capturable", "differentiable")
-    if not any(is_timm) and any(name in group for name in since_1_12):
-        return "torch"
-    raise ValueError(
-        "`dialect` must be given, because several classes have the options of group "
-        f"{label} of `optimizer`, got {some(others)}; give 'torch' for a "
-        "torch.optim.RMSprop of torch up to 1.11, 'stable_baselines3' for its "
-        "RMSpropTFLike"
-    )
-
-
-def _max_lr(label: str, group: Mapping[str, Any]) -> Any:
-    """The rate by which timm's corrected decay divides."""
-    rate = group.get("max_lr_snapshot")
-    if rate is None:
-        raise ValueError(
-            f"`max_lr_snapshot` must be in group {label} of `optimizer`, because "
-            "corrected_weight_decay divides by it, got none: timm up to 1.0.30 does "
-            "not save it; set group['max_lr_snapshot'] to the lr that RMSpropTF was "
-            "made with"
-        )
-    return rate
-
-
-def _check_decay(
-    label: str, group: Mapping[str, Any], options: Mapping[str, Any]
-) -> None:
-    """Refuse a decay that timm up to 0.4 does not multiply by the learning rate."""
-    decoupled = options.get("decoupled_decay") and options["weight_decay"]
-    if decoupled and "corrected_weight_decay" not in group:
-        raise ValueError(
-            f"`corrected_weight_decay` must be in group {label} of `optimizer`, "
-            "because its decay is decoupled, got none: timm up to 0.4 subtracts "
-            "weight_decay * p, which has no counterpart here, later versions lr * "
-            "weight_decay * p; set group['corrected_weight_decay'] = False for these"
-        )
 
 
 def _to_numpy(name: str, tensor: torch.Tensor) -> np.ndarray:

@@ -395,6 +395,13 @@ def test_the_momentum_of_a_scheduler_goes_along(of_groups, x64):
     assert optimizer.state[model[0].bias]["step"] == 6
 
 
+def test_a_momentum_needs_a_buffer():
+    model, optimizer = two_groups(rates=(0.01, 0.01))
+    schedule = Cycled([0.1] * 9, [0.9] * 9)
+    with pytest.raises(ValueError, match="must have a momentum of None for a group"):
+        from_torch(model, optimizer, dict, [schedule, schedule])
+
+
 # Groups that do the same
 
 

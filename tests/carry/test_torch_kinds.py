@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 import torch
 
 from helpers import update_in_torch
-from optax_rmsprop.carry import from_torch, from_torch_checkpoint, names_of
+from optax_rmsprop.carry import from_torch, from_torch_checkpoint, names_of, port_of
 from optax_rmsprop.carry._checkpoints import recognise, wrapped_optimizer
 from optax_rmsprop.carry._names import _only_assignment
 from peers.record_checkpoints import MORE_STEPS, gradient
@@ -425,6 +425,19 @@ def test_a_wrapped_optimizer():
     assert given["base"] == "give the RMSprop in its `.base`"
     assert "of one process; of several, call" in wrapped_optimizer(Wrapper(**zero))
     assert wrapped_optimizer(inner) == wrapped_optimizer(None) == ""
+
+
+def test_a_port_of_a_wrapped_model_names_the_remedy():
+    model = torch.nn.DataParallel(torch.nn.Linear(3, 2))
+    optimizer = torch.optim.RMSprop(model.parameters())
+    update_in_torch(model, optimizer, torch.ones_like)
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    port = port_of(model.module)
+    assert from_torch_checkpoint(saved, port=port).params["kernel"].shape == (3, 2)
+    with pytest.raises(
+        KeyError, match=r"module\.weight.*within its wrapper \(model.mod"
+    ):
+        from_torch_checkpoint(saved, port=port_of(model))
 
 
 def test_remedies():

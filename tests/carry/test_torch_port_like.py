@@ -240,34 +240,38 @@ class NNXGPT(nnx.Module):
         return self.tokens.attend(self.last_norm(x))
 
 
-KINDS_OF_STATE = {
-    "module": lambda module: module,
-    "state": lambda module: nnx.state(module, nnx.Param),
-    "pure": lambda module: nnx.to_pure_dict(nnx.state(module, nnx.Param)),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS_OF_STATE)
-def test_a_gpt_with_a_tied_head(kind):
+def test_a_gpt_with_a_tied_head():
     module = NNXGPT(nnx.Rngs(0))
     graph, state, rest = nnx.split(module, nnx.Param, ...)
 
     def apply(params, x):
-        if kind == "pure":
-            full = jax.tree.map(lambda leaf: leaf, state)
-            nnx.replace_by_pure_dict(full, params)
-            params = full
         return nnx.merge(graph, params, rest)(x)
 
     x = np.random.default_rng(0).integers(0, TOKENS, (BATCH, TIME))
-    like = KINDS_OF_STATE[kind](module)
-    params = goes_on(GPT(), like, x, apply)
-    wanted = state if kind == "module" else like
-    assert jax.tree.structure(params) == jax.tree.structure(wanted)
-    if kind != "pure":
-        nnx.update(module, params)
-        close(module(x), apply(params, x))
+    params = goes_on(GPT(), state, x, apply)
+    assert jax.tree.structure(params) == jax.tree.structure(state)
+    nnx.update(module, params)
+    close(module(x), apply(params, x))
+
+
+def test_like_is_a_module_a_state_or_a_pure_dict():
+    module, model = NNXGPT(nnx.Rngs(0)), GPT()
+    state = nnx.state(module, nnx.Param)
+    weights = {name: w.numpy() for name, w in model.state_dict().items()}
+    made = {
+        kind: port_of(model, like=like)(weights)
+        for kind, like in {
+            "module": module,
+            "state": state,
+            "pure": nnx.to_pure_dict(state),
+        }.items()
+    }
+    for kind in ("module", "state"):
+        assert jax.tree.structure(made[kind]) == jax.tree.structure(state)
+    trees = nnx.to_pure_dict(made["state"]), made["pure"]
+    for one, other in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 class ViTBlock(nn.Module):
