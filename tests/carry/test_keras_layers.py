@@ -207,7 +207,8 @@ def test_prelu():
     weights, path, (x,), expected = recorded("prelu")
     tree = keras_layers.prelu(weights, path)
     close(applied(linen.PReLU(), tree, x), expected)
-    close(loaded(lambda rngs: nnx.PReLU(), tree)(x), expected)
+    if hasattr(nnx, "PReLU"):  # flax 0.11 has none
+        close(loaded(lambda rngs: nnx.PReLU(), tree)(x), expected)
 
 
 def test_a_slope_for_each_element():
