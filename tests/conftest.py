@@ -49,6 +49,12 @@ def x64():
 
 
 @pytest.fixture
+def same_weights():
+    """torch's modules start with the same weights in every test."""
+    pytest.importorskip("torch").manual_seed(0)
+
+
+@pytest.fixture
 def standard_promotion():
     """JAX's own promotion. Some parts of optax do not run under the strict one."""
     with jax.numpy_dtype_promotion("standard"):

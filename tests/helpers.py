@@ -102,6 +102,11 @@ def problem(steps, dtype=np.float64, shapes=SHAPES, seed=0):
     return params, gradients, learning_rates
 
 
+def random(*shape):
+    """The same normal numbers at every call."""
+    return np.random.default_rng(0).normal(size=shape)
+
+
 def arrays(steps=STEPS):
     """Parameters and, along a leading axis of steps, their gradients."""
     params, gradients, _ = problem(steps)

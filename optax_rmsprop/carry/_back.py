@@ -144,8 +144,9 @@ class SourceArrays:
 
     def _check_elsewhere(self) -> None:
         """Refuse to write a parameter that another optimizer trains in the source."""
-        for name, array in self.arrays() if self._source.elsewhere else ():
-            if name not in self._source.elsewhere:
+        named = set(self.names) & set(self._source.elsewhere)
+        for name, array in self.arrays() if named else ():
+            if name not in named:
                 continue
             if not np.array_equal(array, self._source.weights[name].array()):
                 raise ValueError(

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optax_rmsprop._errors import bare, kind_of
-from optax_rmsprop.carry._torch_format import check_groups, one_parameter
-from optax_rmsprop.carry._torch_memory import address
+from optax_rmsprop.carry._torch_format import check_groups, name_in
+from optax_rmsprop.carry._torch_memory import address, has_shape
 
 if TYPE_CHECKING:
     import torch
@@ -82,15 +82,8 @@ def names_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[s
     check_groups(groups, {})
     name_of: dict[Any, str] = {p: name for name, p in model.named_parameters()}
     bare_name = bare_names(name_of.values(), "model")
-    names = []
-    for parameter in itertools.chain.from_iterable(g["params"] for g in groups or ()):
-        if not isinstance(parameter, torch.Tensor) or parameter not in name_of:
-            raise ValueError(
-                "`model` must have the optimizer's parameters, but lacks "
-                f"{one_parameter(parameter)}; give the model that it trains"
-            )
-        names.append(bare_name[name_of[parameter]])
-    return names
+    parameters = itertools.chain.from_iterable(g["params"] for g in groups or ())
+    return [bare_name[name_in(name_of, parameter)] for parameter in parameters]
 
 
 def bare_names(names: Iterable[str], argument: str) -> dict[str, str]:
@@ -117,14 +110,11 @@ def candidates_in(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
     Integers cannot be trained. Nested and uninitialized tensors have no shape.
     """
-    import torch
-
     found: dict[str, torch.Tensor] = {}
     seen = set()
     for name, tensor in tensors.items():
-        has_shape = not tensor.is_nested and not torch.nn.parameter.is_lazy(tensor)
         is_buffer = name.rpartition(".")[2] in BUFFERS
-        if has_shape and may_train(tensor) and not is_buffer:
+        if has_shape(tensor) and may_train(tensor) and not is_buffer:
             if (where := address(tensor)) not in seen:
                 found[name] = tensor
             seen.add(where)

@@ -32,7 +32,7 @@ from optax_rmsprop.carry._keras_port import keras_port
 from optax_rmsprop.carry._port import Port
 from optax_rmsprop.carry._port_like import Form, Path, fitted, nested
 from optax_rmsprop.carry._port_rules import Rule, cells_known, layers_known, rule_for
-from optax_rmsprop.carry._torch_memory import address, problem
+from optax_rmsprop.carry._torch_memory import address, has_shape, problem
 from optax_rmsprop.carry._torch_read import tensors_of
 from optax_rmsprop.carry.torch_layers import Weights, _name
 
@@ -197,14 +197,13 @@ class _Numbered:
         for number, (name, tensor) in enumerate(tensors.items()):
             if first.setdefault(address(tensor), name) != name:
                 self._further.add(name)
-            reason = problem(tensor)
-            if reason is None or tensor.is_meta or tensor.is_sparse:
+            if has_shape(tensor):
                 # All elements are the same one in memory.
                 self._arrays[name] = np.broadcast_to(
                     np.float32(number), tuple(tensor.shape)
                 )
             elif isinstance(tensor, torch.nn.Parameter):  # such buffers are left out
-                raise ValueError(f"`{bare(name)}` must {reason}")
+                raise ValueError(f"`{bare(name)}` must {problem(tensor)}")
 
     def read(self, layer: _Layer, rule: Callable[[Weights], Any]) -> Form:
         """The leaves that a rule makes of arrays which the port is to use."""

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from optax_rmsprop._errors import bare, is_real, kind_of, short, shown, some
 from optax_rmsprop.carry._scheduler_copy import copy_of
-from optax_rmsprop.carry._torch_format import finite
+from optax_rmsprop.carry._torch_format import updates_made
 
 if TYPE_CHECKING:
     import torch
@@ -185,17 +185,11 @@ def _check(scheduler: Any) -> None:
 def _step(optimizer: Any) -> int:
     """The largest number of updates that the optimizer has made of a parameter."""
     steps = [
-        finite("`step` of the scheduler's optimizer", state["step"])
+        updates_made("`step` of the scheduler's optimizer", state["step"])
         for state in optimizer.state.values()
         if "step" in state
     ]
-    step = max(steps, default=0.0)
-    if step != int(step) or not 0 <= step < MOST:
-        raise ValueError(
-            "`step` of the scheduler's optimizer must be an integer in [0, 2³¹), got "
-            f"{step:g}; give the number of updates made"
-        )
-    return int(step)
+    return max(steps, default=0)
 
 
 def _advance(scheduler: Any, made: int, steps: int) -> None:

@@ -145,6 +145,29 @@ def finite(what: str, value: Any) -> float:
     return number
 
 
+def updates_made(what: str, value: Any) -> int:
+    """The value of an optimizer's step."""
+    step = finite(what, value)
+    if step != int(step) or not 0 <= step < 2**31:
+        raise ValueError(
+            f"{what} must be an integer in [0, 2³¹), got {step:g}; give the number of "
+            "updates made"
+        )
+    return int(step)
+
+
+def name_in(names: Mapping[Any, str], parameter: Any) -> str:
+    """The name of a live optimizer's parameter, from those of its model."""
+    import torch
+
+    if not isinstance(parameter, torch.Tensor) or parameter not in names:
+        raise ValueError(
+            "`model` must have the optimizer's parameters, but lacks "
+            f"{one_parameter(parameter)}; give the model that it trains"
+        )
+    return names[parameter]
+
+
 def one_parameter(key: Any) -> str:
     """A live parameter, or its key in a checkpoint, as errors show it."""
     shape = getattr(key, "shape", None)

@@ -38,6 +38,12 @@ def problem(tensor: torch.Tensor) -> str | None:
     return None
 
 
+def has_shape(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape, even if `problem` says why it cannot be carried."""
+    kinds = tensor.is_meta, tensor.is_sparse, hasattr(tensor, "full_tensor")
+    return problem(tensor) is None or any(kinds)
+
+
 def address(tensor: torch.Tensor) -> Hashable:
     """A value that is equal for two tensors of the same elements of the same memory.
 

@@ -73,7 +73,8 @@ def class_dialect(optimizer: Any, dialect: str | None) -> str:
                 "parameters and are not carried, got one; remove it (handle.remove()), "
                 "and do the same in JAX"
             )
-    if (known := own or dialect) is None:
+    known = own or dialect
+    if known is None:
         remedy = (
             "its state may mean something else: if its step is that of one of these, "
             f"say which: dialect={some(map(repr, OPTIONS), ' or ')}"
@@ -90,6 +91,7 @@ def class_dialect(optimizer: Any, dialect: str | None) -> str:
 def group_of(
     label: str, group: Mapping[str, Any], dialect: str | None, step: int
 ) -> Group:
+    """Check the options of a group; without a dialect, they must show it."""
     others = [name for name in group if name not in ("params", "max_lr_snapshot")]
 
     def require(names: Sequence[str], what: str) -> None:

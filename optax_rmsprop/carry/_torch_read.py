@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,13 @@ from optax_rmsprop.carry._torch_format import (
     check_groups,
     check_names,
     check_tensor,
-    finite,
+    name_in,
     names_in,
     one_parameter,
     tensors_in,
+    updates_made,
 )
-from optax_rmsprop.carry._torch_memory import address, overlaps, problem
+from optax_rmsprop.carry._torch_memory import address, has_shape, overlaps, problem
 from optax_rmsprop.carry._torch_options import check_dialect, class_dialect, group_of
 
 if TYPE_CHECKING:
@@ -59,18 +61,8 @@ def read(
             "from_torch_checkpoint takes state_dicts"
         )
     dialect = class_dialect(optimizer, dialect)
-    names: dict[Any, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, name)
-
-    def name_of(parameter: Any) -> str:
-        if not isinstance(parameter, torch.Tensor) or parameter not in names:
-            raise ValueError(
-                "`model` must have the optimizer's parameters, but lacks "
-                f"{one_parameter(parameter)}; give the model that it trains"
-            )
-        return names[parameter]
-
+    names: dict[Any, str] = {p: name for name, p in model.named_parameters()}
+    name_of = functools.partial(name_in, names)
     groups, states = optimizer.param_groups, optimizer.state
     check_groups(groups, states)
     fixed = {name for p, name in names.items() if not p.requires_grad}
@@ -80,9 +72,8 @@ def read(
     # timm up to 1.0.30 reads this, and later versions copy it into each group.
     made_with = {"max_lr_snapshot": getattr(optimizer, "defaults", {}).get("lr")}
     options = [made_with | group for group in groups]
-    chosen = trainable or ()
     tensors = tensors_of(model)
-    source = _source(tensors, options, states, name_of, dialect, frozen, chosen)
+    source = _source(tensors, options, states, name_of, dialect, frozen, trainable)
     elsewhere = {
         name
         for name in names.values()
@@ -135,8 +126,7 @@ def read_checkpoint(
     check_names(names, len(keys), tensors)
     name_of = dict(zip(keys, names, strict=True)).__getitem__
     frozen = _frozen(groups, states, name_of, trainable)
-    chosen = trainable or ()
-    source = _source(tensors, groups, states, name_of, dialect, frozen, chosen)
+    source = _source(tensors, groups, states, name_of, dialect, frozen, trainable)
     return source._replace(may_have_copies=True)
 
 
@@ -180,8 +170,8 @@ def _source(
     states: Mapping[Any, Mapping[str, Any]],
     name_of: Callable[[Any], str],
     dialect: str | None,
-    frozen: Collection[str] = (),
-    trainable: Collection[str] = (),
+    frozen: Collection[str],
+    trainable: Collection[str] | None,
 ) -> Source:
     """Put together what was read from a live run or from a checkpoint.
 
@@ -213,15 +203,15 @@ def _source(
         for name, state in group_states.items():
             if name in frozen:
                 continue
-            waits = not state and bool(steps)
+            waits = not state and bool(steps) and name not in (trainable or ())
             # torch makes a state at the first gradient, and skips a parameter without
             # one. With gradients of 0, as JAX has, only a weight decay would move it.
-            if waits and group["weight_decay"] and name not in trainable:
+            if waits and group["weight_decay"]:
                 still.append(name)
                 continue
             slots = _slots(name, state) if state else None
             weights[name] = weights[name]._replace(
-                trained=True, slots=slots, waits=waits and name not in trainable
+                trained=True, slots=slots, waits=waits
             )
     if foreign := states.keys() - owned:
         raise ValueError(
@@ -271,10 +261,7 @@ def _tied(
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape, or () for a tensor without one, which cannot be carried anyway."""
-    reason = problem(tensor)
-    kinds = tensor.is_meta, tensor.is_sparse, hasattr(tensor, "full_tensor")
-    has_shape = reason is None or any(kinds)
-    return tuple(tensor.shape) if has_shape else ()
+    return tuple(tensor.shape) if has_shape(tensor) else ()
 
 
 def _step(name: str, state: Mapping[str, Any]) -> int:
@@ -283,13 +270,7 @@ def _step(name: str, state: Mapping[str, Any]) -> int:
             f"the optimizer's state of `{bare(name)}` must have its step, got "
             f"{some(state)}; give the state_dict as it was saved"
         )
-    step = finite(f"`step` of `{bare(name)}`", state["step"])
-    if step != int(step) or not 0 <= step < 2**31:
-        raise ValueError(
-            f"`step` of `{bare(name)}` must be an integer in [0, 2³¹), got {step:g}; "
-            "give the number of updates made"
-        )
-    return int(step)
+    return updates_made(f"`step` of `{bare(name)}`", state["step"])
 
 
 def _to_numpy(name: str, tensor: torch.Tensor) -> np.ndarray:

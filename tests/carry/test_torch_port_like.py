@@ -14,6 +14,7 @@ import torch
 from flax import linen, nnx
 from torch import nn
 
+from helpers import random
 from optax_rmsprop.carry import from_torch, port_of, to_torch, torch_layers
 from optax_rmsprop.carry._port_like import _paired, _words
 
@@ -21,16 +22,7 @@ TOLERANCE = 1e-10  # of outputs of size 1, in float64; observed: 2e-14
 BATCH, TIME, SIZE, HEADS, TOKENS = 3, 4, 8, 2, 7
 
 # Flax makes float32 at first.
-pytestmark = pytest.mark.usefixtures("x64", "standard_promotion")
-
-
-@pytest.fixture(autouse=True)
-def _same_weights():
-    torch.manual_seed(0)
-
-
-def random(*shape):
-    return np.random.default_rng(0).normal(size=shape)
+pytestmark = pytest.mark.usefixtures("x64", "standard_promotion", "same_weights")
 
 
 def close(actual, expected):

@@ -15,22 +15,14 @@ from flax import linen, nnx
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from helpers import random
 from optax_rmsprop.carry import from_torch, port_of, torch_layers
 
 TOLERANCE = 1e-10  # of outputs of size 1, in float64; observed: 4e-15
 BATCH, TIME = 3, 4
 
 # Flax makes float32 at first.
-pytestmark = pytest.mark.usefixtures("x64", "standard_promotion")
-
-
-@pytest.fixture(autouse=True)
-def _same_weights():
-    torch.manual_seed(0)
-
-
-def random(*shape):
-    return np.random.default_rng(0).normal(size=shape)
+pytestmark = pytest.mark.usefixtures("x64", "standard_promotion", "same_weights")
 
 
 def filled(module):
