@@ -16,7 +16,7 @@ from torch import nn
 
 from helpers import random
 from optax_rmsprop.carry import from_torch, port_of, to_torch, torch_layers
-from optax_rmsprop.carry._port_like import _paired, _words
+from optax_rmsprop.carry._port_of._like import _paired, _words
 
 TOLERANCE = 1e-10  # of outputs of size 1, in float64; observed: 2e-14
 BATCH, TIME, SIZE, HEADS, TOKENS = 3, 4, 8, 2, 7

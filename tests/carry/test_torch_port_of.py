@@ -471,7 +471,8 @@ REFUSED = [
     (lambda: nn.LazyLinear(3), {}, ValueError, "not initialized; call the model once"),
     (Scaled, {"rules": [both]}, TypeError, "`rules` must be a dict from classes"),
     (Scaled, {"rules": {"Scaled": both}}, TypeError, "must have classes for keys"),
-    (Scaled, {"rules": {Scaled: Scaled}}, TypeError, "functions for values"),
+    (Scaled, {"rules": {Scaled: Scaled}}, TypeError, "of three arguments for values"),
+    (Scaled, {"rules": {Scaled: lambda weights: {}}}, TypeError, "of three arguments"),
     (
         Scaled,
         {"rules": {Scaled: lambda weights, name, module: [weights["weight"]]}},

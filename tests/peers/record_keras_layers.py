@@ -18,8 +18,7 @@ from keras import layers
 from keras_in_flax import TOLERANCE, end_of, far_from
 from record import FOLDER
 
-from optax_rmsprop.carry import from_keras
-from optax_rmsprop.carry._keras_port import keras_port
+from optax_rmsprop.carry import from_keras, port_of
 
 HALF = 10
 RNG = np.random.default_rng(0)
@@ -242,7 +241,7 @@ def run():
     y = rounded(RNG.normal(size=(4, 2)))
     for step in range(2 * HALF):
         if step == HALF:
-            carried = from_keras(model, optimizer, keras_port(model))
+            carried = from_keras(model, optimizer, port_of(model))
             half = {
                 "config": optimizer.get_config(),
                 "iterations": int(optimizer.iterations),
@@ -252,7 +251,7 @@ def run():
                 "excluded": [],
             }
         model.train_on_batch(x, y)
-    end = keras_port(model)({v.path: np.asarray(v) for v in model.weights})
+    end = port_of(model)({v.path: np.asarray(v) for v in model.weights})
     apart = far_from(end_of(carried, x, y, HALF), end)
     if not apart <= TOLERANCE:
         raise SystemExit(f"carried, the run ends {apart:.1e} from Keras'")

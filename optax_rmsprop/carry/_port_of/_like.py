@@ -27,9 +27,9 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from optax_rmsprop._errors import at, kind_of, short, some
+from optax_rmsprop.carry._port_of._layer import Layer, Path
 from optax_rmsprop.carry.torch_layers import one_bias
 
-Path = tuple[str, ...]
 Shapes = Mapping[Path, tuple[int, ...]]
 Words = tuple[str, ...]
 STATISTICS = {"mean", "var"}
@@ -63,9 +63,9 @@ def nested(leaves: Mapping[Path, Any]) -> Any:
 
 
 def fitted(
-    names: Sequence[str], forms: Sequence[Sequence[Form]], like: Any
+    layers: Sequence[Layer], forms: Sequence[Sequence[Form]], like: Any
 ) -> tuple[list[tuple[int, dict[Path, Path]]], Callable[[dict[Path, Any]], Any]]:
-    """Match layers, given by their names and forms, to the tree `like`.
+    """Match layers, each with its forms, to the tree `like`.
 
     Returns:
       For each layer the number of its form, and for each leaf of that form its path in
@@ -91,14 +91,15 @@ def fitted(
         ]
         for found in forms
     ]
+    names = [layer.alias for layer in layers]
     found = _matched(names, shapes_of, {path: leaves[full[path]] for path in full})
     targets = []
     lost = []
-    for number, name in enumerate(names):
+    for number, layer in enumerate(layers):
         form, node = found.get(number, (0, ()))
         shapes = shapes_of[number][form]
         if shapes and number not in found:
-            lost.append(_described(name, shapes))
+            lost.append(_described(layer.name, shapes))
         paths = {path: (*node, *path) for path in shapes}
         targets.append(
             (form, {p: full.get(q, (*collection, *q)) for p, q in paths.items()})

@@ -1,0 +1,183 @@
+"""The layers of a live Keras model, and the rules of their classes.
+
+For example, this model
+
+    keras.Sequential([keras.Input((4, 3)), layers.LSTM(5), layers.Dense(2)])
+
+has the layers "sequential/lstm" and "sequential/dense", whose rules are functions of
+`keras_layers`. A layer of a class without a rule is a container of the layers in it. It
+must not have weights of its own, because nothing says what they become in Flax.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from optax_rmsprop._errors import bare, shown
+from optax_rmsprop.carry import keras_layers
+from optax_rmsprop.carry._port_of._layer import (
+    Layer,
+    Model,
+    Path,
+    Rule,
+    Weights,
+    bound,
+    rule_for,
+    unknown,
+)
+
+METHODS = ("call",)  # a subclass with one of its own computes something else
+
+
+def keras_layers_of(model: Any, rules: Mapping[type, Rule]) -> Model:
+    """Walk a Keras model.
+
+    Layers without weights are left out. A shared layer is in it once, where the model
+    has it first.
+
+    Raises:
+      TypeError: a layer of an unknown class has weights of its own.
+      ValueError: the model is not built; two layers beside each other have one name.
+    """
+    import keras
+
+    if not model.weights:
+        raise ValueError(
+            "`model` must be built, got one without weights; call it on a batch first"
+        )
+    known = {
+        getattr(keras.layers, name): rule
+        for name, rule in RULES.items()
+        if hasattr(keras.layers, name)  # an older Keras 3 lacks some
+    }
+    layers = list(_layers(model, (), (), rules, known, seen=set()))
+    return Model(layers, {v.path: tuple(v.shape) for v in model.weights}, set())
+
+
+def _layers(
+    layer: Any,
+    path: Path,
+    aliases: Path,
+    rules: Mapping[type, Rule],
+    known: Mapping[type, list[Rule]],
+    seen: set[int],
+) -> Iterator[Layer]:
+    """Yield the layers with a rule in a layer, in Keras' order."""
+    rule = rule_for(layer, rules, METHODS)
+    found = [rule] if rule else rule_for(layer, known, METHODS)
+    if found:
+        name = _path(layer)
+        kind = f"of class {bare(type(layer).__name__)}"
+        # LoRA, quantization and options such as renorm add weights, and change the
+        # function that a layer computes. So a rule must use all, but for counts.
+        own = [v.path for v in layer.weights if "int" not in str(v.dtype)]
+        moving = [at for at in own if at.endswith(("/moving_mean", "/moving_variance"))]
+        calls = bound(found, name, layer)
+        yield Layer(name, ".".join(aliases), path, kind, calls, own, moving)
+        return
+    if own := _own(layer):
+        names = [variable.path.rpartition("/")[2] for variable in own]
+        raise unknown(layer, _path(layer), names, "/")
+    parts = []
+    for part in _inner(layer):
+        if id(part) not in seen and part.weights:
+            seen.add(id(part))
+            parts.append(part)
+    names = [part.name for part in parts]
+    for part in parts:
+        if names.count(part.name) > 1:
+            raise ValueError(
+                "`model` must have a name of its own for each layer, got two named "
+                f"{shown(part.name)} in {bare(layer.name)}; give the layers names"
+            )
+        inner = (*path, part.name), (*aliases, _alias(part.name, names))
+        yield from _layers(part, *inner, rules, known, seen)
+
+
+def _alias(name: str, names: list[str]) -> str:
+    """The name of a layer as Flax numbers it.
+
+    Keras has conv2d, conv2d_1 and conv2d_2 where Linen has Conv_0, Conv_1 and Conv_2.
+    """
+    if any(re.fullmatch(re.escape(name) + r"_\d+", other) for other in names):
+        name += "_0"
+    return re.sub(r"\dd", "", name)
+
+
+def _inner(layer: Any) -> list[Any]:
+    """The layers in a layer; Keras has no public method for one that is no Model."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def _own(layer: Any) -> list[Any]:
+    """The weights of a layer that are not those of a layer in it."""
+    of_inner = {id(variable) for part in _inner(layer) for variable in part.weights}
+    return [variable for variable in layer.weights if id(variable) not in of_inner]
+
+
+def _path(layer: Any) -> str:
+    """The path of a layer as its own weights have it.
+
+    `layer.path` is set when the layer is built. Weights that it made before, in its
+    __init__, have a shorter one.
+    """
+    own = _own(layer)
+    return own[0].path.rpartition("/")[0] if own else layer.path
+
+
+def _batch_norm(weights: Weights, path: str, layer: Any) -> Any:
+    stats = keras_layers.running_stats(weights, path)
+    has_parameters = layer.scale or layer.center
+    return stats | (keras_layers.norm(weights, path) if has_parameters else {})
+
+
+def _gru(weights: Weights, path: str, layer: Any) -> Any:
+    return keras_layers.gru(weights, path, layer.reset_after)
+
+
+def _nnx_gru(weights: Weights, path: str, layer: Any) -> Any:
+    if not layer.reset_after:  # NNX has no such cell
+        return _gru(weights, path, layer)
+    return keras_layers.nnx_fused(weights, path, True)
+
+
+def _normalization(weights: Weights, path: str, layer: Any) -> Any:
+    return {kind: weights[f"{path}/{kind}"] for kind in ("mean", "variance")}
+
+
+def _by_path(function: Callable[[Weights, str], Any]) -> Rule:
+    return lambda weights, path, layer: function(weights, path)
+
+
+# By the class's name in keras.layers: a rule for each layout that Flax has.
+RULES: dict[str, list[Rule]] = {
+    name: [_by_path(function)]
+    for function, names in {
+        keras_layers.conv: ["Conv1D", "Conv2D", "Conv3D"],
+        keras_layers.conv_transpose: [f"Conv{n}DTranspose" for n in (1, 2, 3)],
+        keras_layers.dense: ["Dense"],
+        keras_layers.depthwise_conv: ["DepthwiseConv1D", "DepthwiseConv2D"],
+        keras_layers.einsum_dense: ["EinsumDense"],
+        keras_layers.embedding: ["Embedding", "ReversibleEmbedding"],
+        keras_layers.multi_head_attention: ["MultiHeadAttention"],
+        keras_layers.norm: [
+            f"{kind}Normalization" for kind in ("Group", "Layer", "RMS")
+        ],
+        keras_layers.prelu: ["PReLU"],
+        keras_layers.separable_conv: ["SeparableConv1D", "SeparableConv2D"],
+    }.items()
+    for name in names
+}
+RULES |= {"BatchNormalization": [_batch_norm], "Normalization": [_normalization]}
+_fused = _by_path(keras_layers.nnx_fused)
+RULES |= {
+    f"{kind}{suffix}": rules
+    for kind, *rules in (
+        ("GRU", _gru, _nnx_gru),
+        ("LSTM", _by_path(keras_layers.lstm), _by_path(keras_layers.nnx_lstm), _fused),
+        ("SimpleRNN", _by_path(keras_layers.simple_rnn), _fused),
+    )
+    for suffix in ("", "Cell")
+}
