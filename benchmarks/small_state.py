@@ -315,10 +315,11 @@ def draw(report, path):
     }
     tasks, parts = report["tasks"], {"train": "training", "test": "held-out"}
     style.use(pathlib.Path(__file__).parents[1] / "docs/figures/site.mplstyle")
-    figure = Figure(figsize=(12, 2.7 * len(tasks) + 0.8))
-    grid = figure.subplots(len(tasks), 4, squeeze=False, sharex="row", sharey="row")
+    width = len(parts) * len(report["options"])
+    figure = Figure(figsize=(3 * width, 2.7 * len(tasks) + 0.8))
+    grid = figure.subplots(len(tasks), width, squeeze=False, sharex="row", sharey="row")
     for panels, (task, about) in zip(grid, tasks.items(), strict=True):
-        columns = [(optimizer, part) for optimizer in OPTIONS for part in parts]
+        columns = [(name, part) for name in report["options"] for part in parts]
         for axes, (optimizer, part) in zip(panels, columns, strict=True):
             for way, look in looks.items():
                 row = report["rows"][f"{task} | {optimizer} | {way}"]
@@ -351,6 +352,8 @@ def main():
     add = parser.add_argument
     add("--quick", action="store_true", help="4 steps of 2 seeds; losses mean nothing")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these")
+    options = {"nargs": "+", "choices": OPTIONS, "default": list(OPTIONS)}
+    add("--options", **options, help="the optimizer with only these")
     results = pathlib.Path(__file__).parent / "results" / "small_state.json"
     help_ = "JSON file (results/small_state.json beside this script)"
     add("--output", type=pathlib.Path, default=results, help=help_)
@@ -373,7 +376,7 @@ def main():
         "cores": os.cpu_count(),
         "load_average_at_start": os.getloadavg()[0],
         "seeds": seeds,
-        "options": OPTIONS,
+        "options": {name: OPTIONS[name] for name in args.options},
         "tasks": {},
         "rows": {},
     }
@@ -384,7 +387,7 @@ def main():
         print(f"{name}: {share:.1%} of the parameters have a compressed state")
         about = {"steps": steps, "rates": task.rates, "compressed": round(share, 4)}
         report["tasks"][name] = about | {"log": name != "text"}
-        for optimizer in OPTIONS:
+        for optimizer in args.options:
             reference = None
             for way, stored in WAYS.items():
                 row = measure(task, optimizer, stored, steps, points, seeds)
