@@ -193,7 +193,9 @@ class SourceArrays:
                 wanted.dialect,
                 wanted.options,
             ):
-                where = "no group" if group is None else f"group {group}"
+                where = "no group" if own is None else f"group {group}"
+                if own and group != label:
+                    where += ", whose options differ"
                 raise ValueError(
                     f"`optimizer` must have `{bare(name)}` in group {label}, as the "
                     f"run has, got it in {where}; make its groups like those of the run"

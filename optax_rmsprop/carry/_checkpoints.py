@@ -80,8 +80,7 @@ def recognise(saved: Mapping[str, Any]) -> Saved:
     kind, keys = _kind(saved)
     parts = {key: saved[key] for key in keys}
     models, optimizers = (
-        list(_find(parts, _is_model)),
-        list(_find(parts, _is_optimizer)),
+        list(_find(parts, is_one, {id(saved)})) for is_one in (_is_model, _is_optimizer)
     )
     _check_one_of_each(saved, models, optimizers)
     ((_, model),), ((path, optimizer),) = models, optimizers
@@ -118,7 +117,9 @@ def _kind(saved: Mapping[str, Any]) -> tuple[str, list[str]]:
         kind = TRAINER
     elif "optimizer.bin" in saved:
         kind = ACCELERATE
-    elif any(_is_flat(optimizer) for _, optimizer in _find(saved, _is_optimizer)):
+    elif any(
+        _is_flat(optimizer) for _, optimizer in _find(saved, _is_optimizer, {id(saved)})
+    ):
         kind = DISTRIBUTED
     return kind, list(saved)
 
@@ -169,15 +170,25 @@ def _of_owner(
 
 
 def _find(
-    saved: Any, is_one: Callable[[Any], bool], path: tuple[Any, ...] = ()
+    saved: Any,
+    is_one: Callable[[Any], bool],
+    seen: set[int],
+    path: tuple[Any, ...] = (),
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield the path and the value of each state_dict of one sort."""
+    """Yield the path and the value of each state_dict of one sort.
+
+    `seen` collects the identities of all values, because a checkpoint may have one
+    twice, or contain itself.
+    """
     items = saved.items() if isinstance(saved, Mapping) else enumerate(saved)
     for key, value in items:
+        if not isinstance(value, Mapping | list | tuple) or id(value) in seen:
+            continue
+        seen.add(id(value))
         if is_one(value):
             yield (*path, key), value
-        elif isinstance(value, Mapping | list | tuple) and not _is_optimizer(value):
-            yield from _find(value, is_one, (*path, key))
+        elif not _is_optimizer(value):
+            yield from _find(value, is_one, seen, (*path, key))
 
 
 def _is_model(value: Any) -> bool:

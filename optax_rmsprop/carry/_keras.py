@@ -18,6 +18,13 @@ from optax_rmsprop.carry._slots import KERAS_SUFFIXES
 if TYPE_CHECKING:
     import keras
 
+# Options that change the numbers, and that `dialects.keras` does not support.
+UNSUPPORTED = (
+    *("clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor"),
+    *("use_ema", "ema_momentum", "ema_overwrite_frequency"),
+    "gradient_accumulation_steps",
+)
+
 
 def from_keras(
     model: keras.Model,
@@ -89,6 +96,13 @@ def _read(
     config = optimizer.get_config()
     takes = inspect.signature(dialects.keras).parameters
     options = {name: config[name] for name in takes.keys() & config.keys()}
+    for name in (name for name in UNSUPPORTED if name in options):
+        try:
+            dialects.keras(**{name: options[name]})
+        except ValueError as error:
+            raise ValueError(
+                f"{error}, and set Keras' optimizer.{name} to {takes[name].default}"
+            ) from None
     rate = options.pop("learning_rate")
     if not isinstance(rate, float):
         if learning_rate is None:

@@ -145,11 +145,17 @@ def test_a_schedule_of_keras_must_be_given():
 
 
 @pytest.mark.parametrize(
-    "option", [{"clipnorm": 1.0}, {"use_ema": True}, {"gradient_accumulation_steps": 2}]
+    ("option", "default"),
+    [
+        ({"clipnorm": 1.0}, None),
+        ({"use_ema": True}, False),
+        ({"gradient_accumulation_steps": 2}, None),
+    ],
 )
-def test_what_cannot_be_reproduced_is_refused(option):
+def test_what_cannot_be_reproduced_is_refused(option, default):
     (name,) = option
-    with pytest.raises(ValueError, match=f"dialects.keras: `{name}` must be"):
+    remedy = f"set Keras' optimizer.{name} to {default}"
+    with pytest.raises(ValueError, match=f"keras: `{name}` must be .*{remedy}"):
         carried(RECORD["runs"][0], **option)
 
 

@@ -293,6 +293,17 @@ def test_parameters_of_equal_options_are_a_group():
     assert saved.optimizer["state"]["a.b"] == {"step": 3}
 
 
+def test_a_checkpoint_may_contain_itself():
+    saved = {"model": LINEAR, "optimizer": flattened(weight=0.1, bias=0.1)}
+    saved["history"] = [saved, {"best": saved["model"], "all": saved}]
+    assert recognise(saved).model.keys() == {"weight", "bias"}
+    saved["best"] = dict(LINEAR)  # which of the two the optimizer trains is not said
+    with pytest.raises(
+        ValueError, match=r"with one model, got 2: \['model'\], \['best'"
+    ):
+        recognise(saved)
+
+
 SHAPES = of_shapes([(2, 3), (2,)])
 BAD = {
     "no dict": ([LINEAR], TypeError, "`model` must be a checkpoint, .* got a list;"),

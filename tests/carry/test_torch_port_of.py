@@ -347,6 +347,11 @@ def test_parameters_that_are_no_layers():
     }
 
 
+def traced(module):
+    with pytest.warns(DeprecationWarning):
+        return torch.jit.trace(module, torch.ones(1, 2))
+
+
 class Scaled(nn.Module):
     """A layer that no rule knows."""
 
@@ -469,6 +474,12 @@ REFUSED = [
         "one weight_norm or spectral_norm of its weight, got weight: _Orthogonal",
     ),
     (lambda: nn.LazyLinear(3), {}, ValueError, "not initialized; call the model once"),
+    (
+        lambda: nn.Sequential(traced(nn.Linear(2, 2))),
+        {},
+        TypeError,
+        "got a TopLevelTracedModule at '0'; give the model before torch.jit",
+    ),
     (Scaled, {"rules": [both]}, TypeError, "`rules` must be a dict from classes"),
     (Scaled, {"rules": {"Scaled": both}}, TypeError, "must have classes for keys"),
     (Scaled, {"rules": {Scaled: Scaled}}, TypeError, "of three arguments for values"),

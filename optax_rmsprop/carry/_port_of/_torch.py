@@ -73,6 +73,11 @@ def _layers(
     """Yield the layers of a module and its children, in torch's order."""
     import torch
 
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"`model` must be of modules of Python, got {kind_of(module)} at "
+            f"{shown(name) if name else 'the root'}; give the model before torch.jit"
+        )
     path = tuple(name.split(".")) if name else ()
     kind = f"of class {bare(type(module).__name__)}"
     inside = [_name(name, n) for n, _ in module.named_parameters()]
