@@ -348,7 +348,7 @@ def test_parameters_that_are_no_layers():
 
 
 def traced(module):
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match=r"torch\.jit"):
         return torch.jit.trace(module, torch.ones(1, 2))
 
 
