@@ -31,10 +31,10 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey, tree_map_with_path
 
 from optax_rmsprop import _errors
 from optax_rmsprop._errors import at, bare, kind_of, shown, some
+from optax_rmsprop.carry._groups import Group
 from optax_rmsprop.carry._port import Port, flattened
 from optax_rmsprop.carry._run import (
     FROZEN,
-    Group,
     InjectedState,
     Source,
     is_masked,

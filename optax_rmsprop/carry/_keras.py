@@ -1,4 +1,4 @@
-"""Carry a run from Keras 3 to JAX, as `_torch.py` carries one from torch."""
+"""Carry a run from Keras 3 to JAX, as `_torch` carries one from torch."""
 
 from __future__ import annotations  # so that help() shows these types by name
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from optax_rmsprop import dialects
 from optax_rmsprop._errors import bare, kind_of, some
+from optax_rmsprop.carry._groups import Group
 from optax_rmsprop.carry._port import Port
-from optax_rmsprop.carry._run import Group, Run, Source, Weight, carry, lazy
+from optax_rmsprop.carry._run import Run, Source, Weight, carry, lazy
 from optax_rmsprop.carry._slots import KERAS_SUFFIXES
 
 if TYPE_CHECKING:

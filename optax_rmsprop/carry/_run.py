@@ -1,6 +1,6 @@
 """A run of another framework, in the same form for all of them, and its start in JAX.
 
-A source (`_torch_read.py`, `_keras.py`) fills one table: a `Weight` for each parameter
+A source (`_torch`, `_keras.py`) fills one table: a `Weight` for each parameter
 and buffer. `carry` probes the user's port with the shapes in that table (`_port.py`),
 and then moves the arrays and each of their slots as the port does.
 
@@ -33,66 +33,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_rmsprop import _errors, dialects
+from optax_rmsprop import _errors
 from optax_rmsprop._errors import at, bare, kind_of, shown, some
+from optax_rmsprop.carry._groups import Adapted, Group, learning_rates
 from optax_rmsprop.carry._port import Port, ProbedPort, other_tree
-from optax_rmsprop.carry._rates import Adapted, learning_rates
 from optax_rmsprop.carry._slots import (
     FIELDS,
-    GRAD_AVG,
-    MOMENTUM_BUFFER,
-    OF_SQUARES,
-    SQUARE_AVG,
     field_value,
 )
 
 InjectedState = optax.InjectStatefulHyperparamsState
 FROZEN = "frozen"  # the label of parameters that no group trains, and of buffers
 LazyArray = Callable[[], np.ndarray]  # see `lazy`
-
-
-class Group(NamedTuple):
-    """Parameters with common options."""
-
-    dialect: str
-    lr: float
-    options: dict[str, Any]  # the dialect's other arguments
-    step: int  # updates made
-    initial_lr: float  # that a scheduler multiplies
-
-    @property
-    def slots(self) -> list[str]:
-        """The names of the slots that each of its parameters has."""
-        needed = {
-            SQUARE_AVG: True,
-            GRAD_AVG: self.options["centered"],
-            MOMENTUM_BUFFER: self.options["momentum"] > 0,
-        }
-        return [slot for slot, is_needed in needed.items() if is_needed]
-
-    def initial(self, name: str) -> float:
-        """The value of a slot, or of a field of our states, before the first update."""
-        starts_at_1 = self.dialect in ("timm", "stable_baselines3")
-        return float(starts_at_1 and name in OF_SQUARES)
-
-    def transform(self, learning_rate: Any) -> optax.GradientTransformationExtraArgs:
-        """The optimizer in JAX."""
-        make = getattr(dialects, self.dialect)
-        momentum = getattr(learning_rate, "momentum", None)
-        if momentum is None:
-            return make(learning_rate, **self.options)
-        if MOMENTUM_BUFFER not in self.slots:
-            raise ValueError(
-                "`learning_rate` must have a momentum of None for a group without "
-                "momentum, whose state has no buffer for it, got a schedule; begin the "
-                "run with a momentum above 0"
-            )
-
-        def with_momentum(momentum: Any) -> optax.GradientTransformationExtraArgs:
-            return make(learning_rate, **self.options | {"momentum": momentum})
-
-        dtype = jnp.result_type(float)  # not that of 16-bit parameters
-        return optax.inject_hyperparams(with_momentum, hyperparam_dtype=dtype)(momentum)
 
 
 class Run(NamedTuple):

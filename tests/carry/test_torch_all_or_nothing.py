@@ -65,7 +65,7 @@ def every_call(patch, fail_at):
         module = frame.f_globals.get("__name__", "")
         seen.add(module)
         ours = module.startswith("optax_rmsprop.")
-        is_writing = "optax_rmsprop.carry._torch_write" in seen
+        is_writing = "optax_rmsprop.carry._torch._write" in seen
         if event == "c_call" and ours and is_writing and next(calls) == fail_at:
             raise MemoryError
 

@@ -18,8 +18,8 @@ import torch
 
 from helpers import update_in_torch
 from optax_rmsprop.carry import from_torch, from_torch_checkpoint, names_of, port_of
-from optax_rmsprop.carry._checkpoints import recognise, wrapped_optimizer
-from optax_rmsprop.carry._names import _only_assignment
+from optax_rmsprop.carry._torch._checkpoints import recognise, wrapped_optimizer
+from optax_rmsprop.carry._torch._names import _only_assignment
 from peers.record_checkpoints import MORE_STEPS, gradient
 
 RECORDED = Path(__file__).parent.parent / "peers" / "recorded"

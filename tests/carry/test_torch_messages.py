@@ -14,7 +14,7 @@ import torch
 
 from helpers import update_in_torch
 from optax_rmsprop.carry import from_torch, from_torch_checkpoint, names_of, to_torch
-from optax_rmsprop.carry._checkpoints import recognise
+from optax_rmsprop.carry._torch._checkpoints import recognise
 
 pytestmark = pytest.mark.slow
 LONGEST = 600

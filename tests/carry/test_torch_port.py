@@ -15,7 +15,7 @@ from helpers import update_in_torch
 from optax_rmsprop import from_torch, to_torch
 from optax_rmsprop.carry._back import SourceArrays
 from optax_rmsprop.carry._port import ProbedPort, _joined
-from optax_rmsprop.carry._torch_read import read
+from optax_rmsprop.carry._torch._read import read
 
 STEPS = 10
 # Relative to the largest value of an array. Observed: 4e-16 and 4e-7.

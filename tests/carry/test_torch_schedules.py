@@ -17,7 +17,7 @@ from torch.optim.swa_utils import SWALR
 
 from optax_rmsprop import dialects
 from optax_rmsprop.carry import schedule_of
-from optax_rmsprop.carry._schedules import Schedule
+from optax_rmsprop.carry._torch._schedules import Schedule
 
 RATES = (0.1, 0.03)
 PERIOD = 7

@@ -29,8 +29,8 @@ from optax_rmsprop.carry._port_of._layer import (
     rule_for,
     unknown,
 )
-from optax_rmsprop.carry._torch_memory import address, has_shape, problem
-from optax_rmsprop.carry._torch_read import tensors_of
+from optax_rmsprop.carry._torch._memory import address, has_shape, problem
+from optax_rmsprop.carry._torch._read import tensors_of
 from optax_rmsprop.carry.torch_layers import _name
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import numpy as np
 
 from optax_rmsprop._errors import bare, short
 from optax_rmsprop.carry._back import SourceArrays
-from optax_rmsprop.carry._torch_memory import overlaps_itself
-from optax_rmsprop.carry._torch_read import tensors_of
+from optax_rmsprop.carry._torch._memory import overlaps_itself
+from optax_rmsprop.carry._torch._read import tensors_of
 
 if TYPE_CHECKING:
     import torch

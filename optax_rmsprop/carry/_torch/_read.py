@@ -13,7 +13,7 @@ import numpy as np
 from optax_rmsprop._errors import bare, kind_of, shown, some
 from optax_rmsprop.carry._run import LazyArray, Source, Weight, lazy
 from optax_rmsprop.carry._slots import SLOTS
-from optax_rmsprop.carry._torch_format import (
+from optax_rmsprop.carry._torch._format import (
     check_groups,
     check_names,
     check_tensor,
@@ -23,8 +23,8 @@ from optax_rmsprop.carry._torch_format import (
     tensors_in,
     updates_made,
 )
-from optax_rmsprop.carry._torch_memory import address, has_shape, overlaps, problem
-from optax_rmsprop.carry._torch_options import check_dialect, class_dialect, group_of
+from optax_rmsprop.carry._torch._memory import address, has_shape, overlaps, problem
+from optax_rmsprop.carry._torch._options import check_dialect, class_dialect, group_of
 
 if TYPE_CHECKING:
     import torch

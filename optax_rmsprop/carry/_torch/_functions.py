@@ -14,11 +14,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optax_rmsprop.carry._back import SourceArrays
-from optax_rmsprop.carry._checkpoints import recognise
 from optax_rmsprop.carry._port import Port
 from optax_rmsprop.carry._run import Run, carry
-from optax_rmsprop.carry._torch_read import read, read_checkpoint
-from optax_rmsprop.carry._torch_write import write
+from optax_rmsprop.carry._torch._checkpoints import recognise
+from optax_rmsprop.carry._torch._read import read, read_checkpoint
+from optax_rmsprop.carry._torch._write import write
 
 if TYPE_CHECKING:
     import torch

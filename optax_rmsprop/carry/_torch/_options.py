@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from optax_rmsprop._errors import kind_of, shown, some
-from optax_rmsprop.carry._checkpoints import wrapped_optimizer
-from optax_rmsprop.carry._run import Group
-from optax_rmsprop.carry._torch_format import AS_TRAINED, finite
+from optax_rmsprop.carry._groups import Group
+from optax_rmsprop.carry._torch._checkpoints import wrapped_optimizer
+from optax_rmsprop.carry._torch._format import AS_TRAINED, finite
 
 # The options of a group that change numbers. Checkpoints of older versions lack those
 # with a value here, by which newer versions do the same.

@@ -8,58 +8,21 @@ stand-in for the optimizer (`_scheduler_copy.py`), and what it writes becomes a 
 
 from __future__ import annotations  # so that help() shows these types by name
 
-import dataclasses
 import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from optax_rmsprop._errors import bare, is_real, kind_of, short, shown, some
-from optax_rmsprop.carry._scheduler_copy import copy_of
-from optax_rmsprop.carry._torch_format import updates_made
+from optax_rmsprop.carry._groups import Schedule
+from optax_rmsprop.carry._torch._format import updates_made
+from optax_rmsprop.carry._torch._scheduler_copy import copy_of
 
 if TYPE_CHECKING:
     import torch
 
 MOST = 2**31  # a count is an int32
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Schedule:
-    """An optax schedule from a table, made by `schedule_of`.
-
-    Attributes:
-      rates: the learning rate of each step of the scheduler, in float64.
-      momenta: the momentum likewise; None if it stays what it is.
-      start: the number of updates that the run had made when the table was made.
-      every: the number of updates for which each entry serves.
-    """
-
-    rates: np.ndarray
-    momenta: np.ndarray | None
-    start: int
-    every: int
-
-    def __call__(self, count: ArrayLike) -> jax.Array:
-        """The learning rate after this number of updates, torch's included.
-
-        Before the table it is the first entry, and after it the last.
-        """
-        made = jnp.maximum(jnp.asarray(count).astype(int), self.start) - self.start
-        return jnp.asarray(self.rates)[
-            jnp.minimum(made // self.every, len(self.rates) - 1)
-        ]
-
-    @property
-    def momentum(self) -> Schedule | None:
-        """The schedule of the momentum; None if it stays what it is."""
-        if self.momenta is None:
-            return None
-        return Schedule(self.momenta, None, self.start, self.every)
 
 
 def schedule_of(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optax_rmsprop._errors import bare, kind_of, shown, some
-from optax_rmsprop.carry._torch_memory import problem
+from optax_rmsprop.carry._torch._memory import problem
 
 if TYPE_CHECKING:
     import torch

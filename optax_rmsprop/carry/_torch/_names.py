@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from optax_rmsprop._errors import bare, kind_of
-from optax_rmsprop.carry._torch_format import check_groups, name_in
-from optax_rmsprop.carry._torch_memory import address, has_shape
+from optax_rmsprop.carry._torch._format import check_groups, name_in
+from optax_rmsprop.carry._torch._memory import address, has_shape
 
 if TYPE_CHECKING:
     import torch

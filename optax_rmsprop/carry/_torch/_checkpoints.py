@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from optax_rmsprop._errors import bare, kind_of, short, shown, some
-from optax_rmsprop.carry._names import (
+from optax_rmsprop.carry._slots import SLOTS
+from optax_rmsprop.carry._torch._format import check_groups, names_in, tensors_in
+from optax_rmsprop.carry._torch._names import (
     MayBeIn,
     Shape,
     bare_names,
@@ -27,8 +29,6 @@ from optax_rmsprop.carry._names import (
     in_order,
     may_train,
 )
-from optax_rmsprop.carry._slots import SLOTS
-from optax_rmsprop.carry._torch_format import check_groups, names_in, tensors_in
 
 if TYPE_CHECKING:
     import torch

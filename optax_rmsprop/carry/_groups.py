@@ -1,4 +1,4 @@
-"""The learning rate of each group of a run in JAX, from the user's and the source's.
+"""Parameter groups of a run, and their learning rates, the user's or the source's.
 
 For example, take two groups with the rates 0.001 and 0.01 that have made 5 and 3
 updates, because the second was added later, and the schedule f, given for both. Their
@@ -11,16 +11,100 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.typing import ArrayLike
 
-from optax_rmsprop import _errors
+from optax_rmsprop import _errors, dialects
 from optax_rmsprop._errors import kind_of, shown
-from optax_rmsprop.carry._schedules import Schedule
+from optax_rmsprop.carry._slots import (
+    GRAD_AVG,
+    MOMENTUM_BUFFER,
+    OF_SQUARES,
+    SQUARE_AVG,
+)
 
-if TYPE_CHECKING:
-    from optax_rmsprop.carry._run import Group
+
+class Group(NamedTuple):
+    """Parameters with common options."""
+
+    dialect: str
+    lr: float
+    options: dict[str, Any]  # the dialect's other arguments
+    step: int  # updates made
+    initial_lr: float  # that a scheduler multiplies
+
+    @property
+    def slots(self) -> list[str]:
+        """The names of the slots that each of its parameters has."""
+        needed = {
+            SQUARE_AVG: True,
+            GRAD_AVG: self.options["centered"],
+            MOMENTUM_BUFFER: self.options["momentum"] > 0,
+        }
+        return [slot for slot, is_needed in needed.items() if is_needed]
+
+    def initial(self, name: str) -> float:
+        """The value of a slot, or of a field of our states, before the first update."""
+        starts_at_1 = self.dialect in ("timm", "stable_baselines3")
+        return float(starts_at_1 and name in OF_SQUARES)
+
+    def transform(self, learning_rate: Any) -> optax.GradientTransformationExtraArgs:
+        """The optimizer in JAX."""
+        make = getattr(dialects, self.dialect)
+        momentum = getattr(learning_rate, "momentum", None)
+        if momentum is None:
+            return make(learning_rate, **self.options)
+        if MOMENTUM_BUFFER not in self.slots:
+            raise ValueError(
+                "`learning_rate` must have a momentum of None for a group without "
+                "momentum, whose state has no buffer for it, got a schedule; begin the "
+                "run with a momentum above 0"
+            )
+
+        def with_momentum(momentum: Any) -> optax.GradientTransformationExtraArgs:
+            return make(learning_rate, **self.options | {"momentum": momentum})
+
+        dtype = jnp.result_type(float)  # not that of 16-bit parameters
+        return optax.inject_hyperparams(with_momentum, hyperparam_dtype=dtype)(momentum)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """An optax schedule from a table, made by `schedule_of`.
+
+    Attributes:
+      rates: the learning rate of each step of the scheduler, in float64.
+      momenta: the momentum likewise; None if it stays what it is.
+      start: the number of updates that the run had made when the table was made.
+      every: the number of updates for which each entry serves.
+    """
+
+    rates: np.ndarray
+    momenta: np.ndarray | None
+    start: int
+    every: int
+
+    def __call__(self, count: ArrayLike) -> jax.Array:
+        """The learning rate after this number of updates, torch's included.
+
+        Before the table it is the first entry, and after it the last.
+        """
+        made = jnp.maximum(jnp.asarray(count).astype(int), self.start) - self.start
+        return jnp.asarray(self.rates)[
+            jnp.minimum(made // self.every, len(self.rates) - 1)
+        ]
+
+    @property
+    def momentum(self) -> Schedule | None:
+        """The schedule of the momentum; None if it stays what it is."""
+        if self.momenta is None:
+            return None
+        return Schedule(self.momenta, None, self.start, self.every)
 
 
 @dataclasses.dataclass(frozen=True)
