@@ -99,8 +99,9 @@ KINDS = {
 }
 
 
+# A convolution in three dimensions takes XLA five seconds; test_torch_port_of.py has it.
 @pytest.mark.parametrize(
-    ("kind", "rank"), list(zip(KINDS, [1, 2, 1, 3, 2], strict=True))
+    ("kind", "rank"), list(zip(KINDS, [1, 2, 1, 2, 2], strict=True))
 )
 def test_conv(kind, rank):
     options = {"padding": 0, "stride": 1, "dilation": 1, "bias": True} | KINDS[kind]

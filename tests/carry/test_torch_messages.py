@@ -211,7 +211,7 @@ CASES = {
         {name: dict(OTHERS.state_dict()) for name in NAMES} | {"optimizer": saved()}
     ),
     "many optimizers": lambda: recognise(
-        dict.fromkeys(NAMES, saved()) | {"model": OTHERS.state_dict()}
+        {name: dict(saved()) for name in NAMES} | {"model": OTHERS.state_dict()}
     ),
     "neither": lambda: recognise(model_of(1)),
     "tuples for keys": lambda: recognise({(LONG, name): 1 for name in NAMES}),
