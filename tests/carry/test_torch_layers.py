@@ -99,7 +99,7 @@ KINDS = {
 }
 
 
-# A convolution in three dimensions takes XLA five seconds; test_torch_port_of.py has it.
+# One in three dimensions takes XLA five seconds, and is in test_torch_port_of.py.
 @pytest.mark.parametrize(
     ("kind", "rank"), list(zip(KINDS, [1, 2, 1, 2, 2], strict=True))
 )
