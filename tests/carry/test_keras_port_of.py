@@ -62,6 +62,7 @@ def keras(monkeypatch):
     """A module with the classes of layers that Keras has."""
     module = types.ModuleType("keras")
     module.Layer = Layer
+    module.Sequential, module.Function = subclass(Layer), subclass(Layer)
     module.layers = types.SimpleNamespace()
     for name in RULES:
         setattr(module.layers, name, subclass(Layer, name))
@@ -249,7 +250,7 @@ def vision(keras):
     on, cell = {"scale": True, "center": True}, {"reset_after": True}
     shapes = {"kernel": (3, 9), "recurrent_kernel": (3, 9), "bias": (2, 9)}
     sides = [layer("GRUCell", f"{side}_cell", cell, **shapes) for side in SIDES]
-    return Layer(
+    return keras.Sequential(
         "v",
         "v",
         inner=[
@@ -281,6 +282,34 @@ def test_like_a_tree_of_linen(keras):
     assert port_of(model, like=like)(arrays).keys() == {"params"}
     with pytest.raises(ValueError, match=r"v/dense_4 .*, net/dense .* and Dense_0"):
         port_of(Layer("w", "w", inner=[model, dense(keras.layers.Dense)]), like=like)
+
+
+def test_automatic_numbers_that_do_not_say_the_order_of_calls(keras):
+    square = [("kernel", (3, 3), "float32")]
+
+    def model(kind, *names):
+        layers = [
+            keras.layers.Dense(n, n, [(f"{n}/{key}", *rest) for key, *rest in square])
+            for n in names
+        ]
+        return kind("m", "m", inner=layers)
+
+    like = {f"Dense_{n}": {"kernel": np.zeros((3, 3))} for n in range(2)}
+    for kind in (keras.Sequential, keras.Function):
+        made = model(kind, "dense_7", "dense_10")
+        arrays = arrays_of(made)
+        tree = port_of(made, like=like)(arrays)
+        np.testing.assert_array_equal(
+            tree["Dense_1"]["kernel"], arrays["dense_10/kernel"]
+        )
+    for made in (
+        model(keras.Sequential, "dense_1", "dense"),  # made in another order
+        model(subclass(Layer), "dense_1", "dense_2"),  # called in any order
+    ):
+        with pytest.raises(ValueError, match="with several, are dense"):
+            port_of(made, like=like)
+    like = {f"head_{n}": {"kernel": np.zeros((3, 3))} for n in (1, 2)}
+    assert port_of(model(subclass(Layer), "head_2", "head_1"), like=like)
 
 
 @pytest.mark.parametrize(

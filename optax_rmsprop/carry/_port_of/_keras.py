@@ -11,8 +11,9 @@ must not have weights of its own, because nothing says what they become in Flax.
 
 from __future__ import annotations
 
+import collections
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from optax_rmsprop._errors import bare, shown
@@ -86,24 +87,50 @@ def _layers(
             seen.add(id(part))
             parts.append(part)
     names = [part.name for part in parts]
-    for part in parts:
+    for part, alias in zip(parts, _aliases(layer, parts), strict=True):
         if names.count(part.name) > 1:
             raise ValueError(
                 "`model` must have a name of its own for each layer, got two named "
                 f"{shown(part.name)} in {bare(layer.name)}; give the layers names"
             )
-        inner = (*path, part.name), (*aliases, _alias(part.name, names))
+        inner = (*path, part.name), (*aliases, alias)
         yield from _layers(part, *inner, rules, known, seen)
 
 
-def _alias(name: str, names: list[str]) -> str:
-    """The name of a layer as Flax numbers it.
+def _aliases(layer: Any, parts: Sequence[Any]) -> list[str]:
+    """The names of the layers in a layer, as Flax numbers them.
 
     Keras has conv2d, conv2d_1 and conv2d_2 where Linen has Conv_0, Conv_1 and Conv_2.
+    Keras numbers them as they are made, and Linen as they are called. In a Sequential
+    or functional model, Keras' order of the layers is that of the calls. Where these
+    orders differ, or Keras does not know that of the calls, the number is left out.
+    Then no layers of Flax have the same names, and `like` does not match.
     """
-    if any(re.fullmatch(re.escape(name) + r"_\d+", other) for other in names):
-        name += "_0"
-    return re.sub(r"\dd", "", name)
+    import keras
+
+    is_ordered = isinstance(layer, keras.Sequential | keras.Function)
+    numbers: dict[str, list[int]] = {}
+    for part in parts:
+        if (found := _automatic(part)) is not None:
+            numbers.setdefault(found[0], []).append(found[1])
+    aliases, counts = [], collections.Counter[str]()
+    for part in parts:
+        alias = part.name
+        if (found := _automatic(part)) is not None:
+            alias, _ = found
+            if is_ordered and numbers[alias] == sorted(numbers[alias]):
+                counts[alias] += 1
+                alias += f"_{counts[alias] - 1}"
+        aliases.append(re.sub(r"\dd", "", alias))
+    return aliases
+
+
+def _automatic(layer: Any) -> tuple[str, int] | None:
+    """The parts of a name that Keras has given: of "dense_2", "dense" and 2."""
+    stem, number = re.fullmatch(r"(.*?)(?:_(\d+))?", layer.name, re.DOTALL).groups()  # type: ignore[union-attr]
+    if stem.replace("_", "") != type(layer).__name__.lower():
+        return None
+    return stem, int(number or 0)
 
 
 def _inner(layer: Any) -> list[Any]:
