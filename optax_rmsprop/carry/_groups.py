@@ -159,15 +159,15 @@ def learning_rates(learning_rate: Any, groups: Mapping[str, Group]) -> dict[str,
         rates = dict.fromkeys(groups, learning_rate)
     last = max(group.step for group in groups.values())
     for label, group in groups.items():
-        _check_rate(label, rates[label], last)
+        _check_rate(label, rates[label], last, group.lr)
         adapted = Adapted(rates[label], factors[label], last - group.step)
         if callable(rates[label]) and (adapted.factor != 1 or adapted.behind):
             rates[label] = adapted
     return rates
 
 
-def _check_rate(label: str, rate: Any, step: int) -> None:
-    """Refuse what is no rate, and a table of torch's that begins at another step."""
+def _check_rate(label: str, rate: Any, step: int, now: float) -> None:
+    """Refuse what is no rate, and a table of torch's that begins in another way."""
     if hasattr(rate, "get_last_lr"):
         raise TypeError(
             f"`learning_rate` must be a number or a schedule, got {kind_of(rate)}; "
@@ -178,6 +178,12 @@ def _check_rate(label: str, rate: Any, step: int) -> None:
             f"`learning_rate` must be a table that begins at the run's step, {step}, "
             f"got one for group {label} that begins at {rate.start}; load the "
             "optimizer's state in torch, too, before schedule_of"
+        )
+    if isinstance(rate, Schedule) and rate.rates[0] != now:
+        raise ValueError(
+            f"`learning_rate` must be a table that begins with the rate of group "
+            f"{label}, {now:g}, got one that begins with {rate.rates[0]:g}; give "
+            "schedule_of of this optimizer's scheduler, with its groups in their order"
         )
     remedy = "give a number, a schedule, or a list of them"
     if not callable(rate) and not (np.ndim(rate) == 0 and _errors.is_real(rate)):

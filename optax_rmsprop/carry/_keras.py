@@ -13,17 +13,25 @@ from optax_rmsprop import dialects
 from optax_rmsprop._errors import bare, kind_of, some
 from optax_rmsprop.carry._groups import Group
 from optax_rmsprop.carry._port import Port
-from optax_rmsprop.carry._run import Run, Source, Weight, carry, lazy
+from optax_rmsprop.carry._run import Run, Source, Weight, carry, lazy, warn
 from optax_rmsprop.carry._slots import KERAS_SUFFIXES
 
 if TYPE_CHECKING:
     import keras
 
-# Options that change the numbers, and that `dialects.keras` does not support.
-UNSUPPORTED = (
-    *("clipnorm", "clipvalue", "global_clipnorm", "loss_scale_factor"),
-    *("use_ema", "ema_momentum", "ema_overwrite_frequency"),
-    "gradient_accumulation_steps",
+# Options that `dialects.keras` refuses, and that can be reset in the middle of a run.
+# Without gradient_accumulation_steps, Keras counts batches instead of updates.
+CAN_BE_RESET = (
+    "clipnorm",
+    "clipvalue",
+    "global_clipnorm",
+    "loss_scale_factor",
+    "use_ema",
+)
+# What makes an update in Keras.
+METHODS = (
+    *("update_step", "apply", "apply_gradients", "_apply_weight_decay"),
+    "_get_current_learning_rate",
 )
 
 
@@ -57,7 +65,8 @@ def from_keras(
         paths are equal.
 
     Warns:
-      RuntimeWarning: a slot has NaN or infinity. It is carried as it is.
+      RuntimeWarning: a slot has NaN or infinity. It is carried as it is. Or trainable
+        variables have no slots although others have: they do not train.
 
     Example:
       >>> model.compile(keras.optimizers.RMSprop(momentum=0.9))  # doctest: +SKIP
@@ -77,14 +86,19 @@ def _read(
     model: keras.Model, optimizer: keras.optimizers.RMSprop, learning_rate: Any
 ) -> Source:
     step = getattr(type(optimizer), "update_step", None)
-    module, name = getattr(step, "__module__", ""), getattr(step, "__qualname__", "")
-    if (module, name) != ("keras.src.optimizers.rmsprop", "RMSprop.update_step"):
+    where = getattr(step, "__module__", ""), getattr(step, "__qualname__", "")
+    is_known = where == ("keras.src.optimizers.rmsprop", "RMSprop.update_step")
+    methods = (getattr(type(optimizer), name, None) for name in METHODS)
+    if not is_known or not all(
+        getattr(method, "__module__", "keras.").startswith("keras.")
+        for method in methods
+    ):
         remedy = "its state means something else"
         if hasattr(optimizer, "inner_optimizer"):
             remedy = "give its .inner_optimizer"
         raise TypeError(
             "`optimizer` must be a keras.optimizers.RMSprop of Keras 3, or inherit its "
-            f"update_step, got {kind_of(optimizer)}; {remedy}"
+            f"update_step and apply, got {kind_of(optimizer)}; {remedy}"
         )
     if repeated := _repeated(v.path for v in model.weights):
         raise ValueError(
@@ -97,7 +111,10 @@ def _read(
     config = optimizer.get_config()
     takes = inspect.signature(dialects.keras).parameters
     options = {name: config[name] for name in takes.keys() & config.keys()}
-    for name in (name for name in UNSUPPORTED if name in options):
+    if not options.get("use_ema"):  # then Keras reads none of these
+        options.pop("ema_momentum", None)
+        options.pop("ema_overwrite_frequency", None)
+    for name in (name for name in CAN_BE_RESET if name in options):
         try:
             dialects.keras(**{name: options[name]})
         except ValueError as error:
@@ -122,7 +139,7 @@ def _read(
         )
     suffixes = tuple(KERAS_SUFFIXES.values())
     unclaimed = {name for name in variables if name.endswith(suffixes)}
-    any_slots = bool(unclaimed)
+    any_slots, of_none = bool(unclaimed), list[str]()
     for variable in model.trainable_variables:
         stem = variable.path.replace("/", "_")
         names = {slot: f"{stem}_{suffix}" for slot, suffix in KERAS_SUFFIXES.items()}
@@ -135,6 +152,7 @@ def _read(
         # Keras makes the slots of all variables at once, before its first update and
         # after a file without them was loaded.
         if any_slots and not slots:
+            of_none.append(bare(variable.path))
             continue
         if (constraint := getattr(variable, "constraint", None)) is not None:
             raise ValueError(
@@ -157,6 +175,12 @@ def _read(
             "`model` must have the optimizer's variables, but none of its trainable "
             f"variables has the slots {some(sorted(unclaimed))}; give the model that "
             "it trains"
+        )
+    if of_none:
+        warn(
+            "carried as variables that do not train, because the optimizer has no "
+            f"slots of them: {some(of_none, most=300)}; if they were unfrozen since it "
+            "was built, compile the model again in Keras"
         )
     return Source(weights, groups)
 

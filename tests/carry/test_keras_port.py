@@ -145,18 +145,21 @@ def test_a_schedule_of_keras_must_be_given():
 
 
 @pytest.mark.parametrize(
-    ("option", "default"),
+    ("option", "remedy"),
     [
-        ({"clipnorm": 1.0}, None),
-        ({"use_ema": True}, False),
-        ({"gradient_accumulation_steps": 2}, None),
+        ({"clipnorm": 1.0}, "and set Keras' optimizer.clipnorm to None"),
+        ({"use_ema": True}, "and set Keras' optimizer.use_ema to False"),
+        ({"gradient_accumulation_steps": 2}, r"wrap this in optax.MultiSteps$"),
     ],
 )
-def test_what_cannot_be_reproduced_is_refused(option, default):
+def test_what_cannot_be_reproduced_is_refused(option, remedy):
     (name,) = option
-    remedy = f"set Keras' optimizer.{name} to {default}"
     with pytest.raises(ValueError, match=f"keras: `{name}` must be .*{remedy}"):
         carried(RECORD["runs"][0], **option)
+
+
+def test_what_keras_does_not_read_is_no_matter():
+    carried(RECORD["runs"][0], ema_momentum=0.5, ema_overwrite_frequency=5)
 
 
 def test_another_optimizer():
@@ -171,8 +174,13 @@ def test_another_optimizer():
         def update_step(self, gradient, variable, learning_rate):
             raise NotImplementedError
 
-    with pytest.raises(TypeError, match="or inherit its update_step, got an Own"):
-        from_keras(Model(half), Own(half), port)
+    class Scaled(RMSprop):
+        def apply(self, grads, variables):
+            raise NotImplementedError
+
+    for optimizer in (Own(half), Scaled(half)):
+        with pytest.raises(TypeError, match="inherit its update_step and apply, got"):
+            from_keras(Model(half), optimizer, port)
 
 
 def test_equal_paths():
@@ -196,7 +204,8 @@ def test_an_optimizer_of_another_model():
 def test_a_variable_of_no_optimizer_stays_put():
     run = json.loads(json.dumps(RECORD["runs"][0]))
     run["half"]["trainable"].append("net/frozen/kernel")
-    params, tx, state = carried(run)
+    with pytest.warns(RuntimeWarning, match="no slots of them: net/frozen/kernel; if"):
+        params, tx, state = carried(run)
     grads = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(grads, state, params)
     assert not updates["frozen"].any()

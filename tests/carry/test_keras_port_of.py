@@ -4,6 +4,7 @@ Here the port sees classes that have of Keras' what it asks, with the recorded n
 paths and shapes.
 """
 
+import itertools
 import json
 import sys
 import types
@@ -50,8 +51,8 @@ class Layer:
 
     def _flatten_layers(self, include_self, recursive):
         assert not include_self
-        assert not recursive
-        return self.inner
+        inner = (layer._flatten_layers(False, True) for layer in self.inner)
+        return [*self.inner, *(itertools.chain(*inner) if recursive else ())]
 
     def call(self):
         pass
@@ -65,7 +66,7 @@ def keras(monkeypatch):
     module.Sequential, module.Function = subclass(Layer), subclass(Layer)
     module.layers = types.SimpleNamespace()
     for name in RULES:
-        setattr(module.layers, name, subclass(Layer, name))
+        setattr(module.layers, name, subclass(Layer, name, "keras.layers"))
     monkeypatch.setitem(sys.modules, "keras", module)
     return module
 
@@ -75,16 +76,16 @@ def model_of(keras, structure, made=None):
     made = {} if made is None else made
     number, name = structure["number"], structure["class"]
     if number not in made:
-        kind = getattr(keras.layers, name, None) or subclass(Layer, name)
+        kind = getattr(keras.layers, name, subclass(Layer, name, "keras.layers"))
         inner = [model_of(keras, part, made) for part in structure["layers"]]
         of_layer = (structure[key] for key in ("name", "path", "own"))
         made[number] = kind(*of_layer, inner, **structure["options"])
     return made[number]
 
 
-def subclass(base, name="Mine"):
+def subclass(base, name="Mine", module=__name__):
     """A class with a `call` of its own."""
-    return type(name, (base,), {"call": lambda self: None})
+    return type(name, (base,), {"call": lambda self: None, "__module__": module})
 
 
 def arrays_of(model):
@@ -204,6 +205,29 @@ def test_a_subclass_is_known_by_its_call(keras):
         port_of(Layer("net", "net", inner=[dense(other)]))
 
 
+def test_what_a_known_class_does_not_do_is_refused(keras):
+    """Keras' convolutions call this method, and a layer of cells its cell."""
+    method = {"convolution_op": lambda self, inputs, kernel: None}
+    hooked = type("Hooked", (keras.layers.Dense,), method)
+    with pytest.raises(TypeError, match=r"Hooked with kernel, bias"):
+        port_of(Layer("net", "net", inner=[dense(hooked)]))
+    shapes = {"kernel": (3, 20), "recurrent_kernel": (5, 20), "bias": (20,)}
+    own = [(f"r/cell/{key}", shape, "float32") for key, shape in shapes.items()]
+    cell = subclass(keras.layers.LSTMCell)("cell", "r/cell", own)
+    with pytest.raises(TypeError, match=r"'r/cell' must .*Mine with kernel, rec"):
+        port_of(Layer("n", "n", inner=[keras.layers.LSTM("r", "r", inner=[cell])]))
+    norm = keras.layers.LayerNormalization("n", "n", [("n/gamma", (2,), "float32")])
+    norm.rms_scaling = True
+    with pytest.raises(ValueError, match="n must be without rms_scaling"):
+        port_of(Layer("net", "net", inner=[norm]))
+
+
+def test_equal_paths_are_refused(keras):
+    parts = [Layer(n, n, inner=[dense(keras.layers.Dense)]) for n in "ab"]
+    with pytest.raises(ValueError, match="more than one at net/dense/kernel"):
+        port_of(Layer("net", "net", inner=parts))
+
+
 def test_a_class_of_the_same_name_is_not_known(keras):
     model = Layer("net", "net", inner=[dense(subclass(Layer, "Dense"))])
     with pytest.raises(TypeError, match=r"'net/dense' .*Dense with kernel, bias"):
@@ -308,6 +332,11 @@ def test_automatic_numbers_that_do_not_say_the_order_of_calls(keras):
     ):
         with pytest.raises(ValueError, match="with several, are dense"):
             port_of(made, like=like)
+    like = {name: {"kernel": np.zeros((3, 3))} for name in ("dense_1", "dense")}
+    tree = port_of(made := model(subclass(Layer), "dense_1", "dense"), like=like)(
+        arrays := arrays_of(made)
+    )
+    np.testing.assert_array_equal(tree["dense"]["kernel"], arrays["dense/kernel"])
     like = {f"head_{n}": {"kernel": np.zeros((3, 3))} for n in (1, 2)}
     assert port_of(model(subclass(Layer), "head_2", "head_1"), like=like)
 
@@ -335,8 +364,9 @@ def test_like_a_cell_of_nnx(keras, name, columns, cell):
     model = Layer("m", "m", inner=[layer])
     tree = port_of(model, like=like)(arrays_of(model))
     assert jax.tree.structure(tree) == jax.tree.structure(like)
-    for leaf, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
-        assert leaf.shape == wanted.shape
+    to_flax = keras_layers.nnx_lstm if cell is nnx.LSTMCell else keras_layers.nnx_fused
+    leaves = jax.tree.leaves(to_flax(arrays_of(model), "m/r"))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(tree), leaves)
 
 
 LONG = "layer" * 300

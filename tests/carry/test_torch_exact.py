@@ -150,7 +150,11 @@ def test_step_hooks_are_refused():
     with pytest.raises(ValueError, match="must have no step post hooks"):
         from_torch(model, optimizer, dict)
     hook.remove()
+    torch.optim.lr_scheduler.StepLR(optimizer, 2)  # which wraps the optimizer's step
     assert from_torch(model, optimizer, dict).params
+    optimizer.step = lambda: None
+    with pytest.raises(ValueError, match="got a step of its own, which is not carried"):
+        from_torch(model, optimizer, dict)
 
 
 def test_a_wrapped_optimizer_is_refused_with_the_remedy():
@@ -325,6 +329,8 @@ def test_a_table_of_torchs_rates_must_be_of_this_run():
     np.testing.assert_allclose(lengths(run), expected, rtol=1e-5)
     with pytest.raises(ValueError, match="must be a list of one for each of 2 groups"):
         from_torch(model, optimizer, dict, schedules[0])
+    with pytest.raises(ValueError, match=r"begins with the rate of group 0, 0\.\d+"):
+        from_torch(model, optimizer, dict, schedules[::-1])
     optimizer.state.clear()
     early = schedule_of(scheduler, 5)
     model, optimizer = two_groups()

@@ -417,6 +417,8 @@ AMBIGUOUS = [
     ("b.0.x b.1.x c", "b_0/x b_1/x b_2/x"),
     ("b.0.x b.0.y b.1.x", "b_0/x b_1/x b_1/y"),
     ("a.1 a_1", "b_0 b_1"),
+    ("stem mid.0 mid.1", "Dense_0 Dense_1 out"),
+    ("a.0 a.1 b.0 b.1 b.2", "p_0 p_1 q_0 q_1 q_2"),
 ]
 
 
@@ -443,6 +445,13 @@ def test_numbers_in_another_order_do_not_decide():
         port_of(model, like=crossed)
     same = {f"branch{j}_conv{i}": DENSE for i in range(2) for j in range(2)}
     assert port_of(model, like=same)
+    heads = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(3, 5), nn.Linear(3, 5))})
+    model = nn.ModuleDict({"heads": nn.Sequential(heads, copy.deepcopy(heads))})
+    two = {"0": DENSE, "1": DENSE}
+    crossed = {"layers": {n: {"heads": two} for n in "01"}}
+    with pytest.raises(ValueError, match=r"heads\.0\.layers\.0 .* layers/0/heads/0"):
+        port_of(model, like=crossed)
+    assert port_of(model, like={"heads": {n: {"layers": two} for n in "01"}})
 
 
 def linear(bias=True):

@@ -433,7 +433,7 @@ ALL_LONG["layer" * 300].register_parameter("gain" * 300, nn.Parameter(torch.ones
 # The model, the options, the error, and what it says.
 REFUSED = [
     (lambda: {"a": 1}, {}, TypeError, "must be a torch.nn.Module or .*, got a dict"),
-    (Scaled, {}, TypeError, r"'' must be of a class that port_of knows, got \S+Scaled"),
+    (Scaled, {}, TypeError, r"`model` must be .*Scaled .* weights\['weight'\]"),
     (lambda: nn.Sequential(Scaled()), {}, TypeError, r"'0' .* add rules=\{Scaled: f\}"),
     (lambda: nn.Sequential(LONG()), {}, TypeError, "must be of a class that port_of"),
     (lambda: ALL_LONG, {}, TypeError, "must be of a class that port_of knows"),

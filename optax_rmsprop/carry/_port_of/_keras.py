@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from optax_rmsprop._errors import bare, shown
+from optax_rmsprop._errors import bare, shown, some
 from optax_rmsprop.carry import keras_layers
 from optax_rmsprop.carry._port_of._layer import (
     Layer,
@@ -25,11 +25,11 @@ from optax_rmsprop.carry._port_of._layer import (
     Rule,
     Weights,
     bound,
-    rule_for,
     unknown,
 )
 
-METHODS = ("call",)  # a subclass with one of its own computes something else
+# Methods that a subclass may have of its own, and still compute what its base does.
+HARMLESS = {"__init__", "build", "get_config", "from_config", "compute_output_shape"}
 
 
 def keras_layers_of(model: Any, rules: Mapping[type, Rule]) -> Model:
@@ -54,7 +54,15 @@ def keras_layers_of(model: Any, rules: Mapping[type, Rule]) -> Model:
         if hasattr(keras.layers, name)  # an older Keras 3 lacks some
     }
     layers = list(_layers(model, (), (), rules, known, seen=set()))
-    return Model(layers, {v.path: tuple(v.shape) for v in model.weights}, set())
+    shapes = {v.path: tuple(v.shape) for v in model.weights}
+    if len(shapes) < len(model.weights):
+        counts = collections.Counter(v.path for v in model.weights)
+        repeated = [path for path, count in counts.items() if count > 1]
+        raise ValueError(
+            "`model` must have a path of its own for each variable, got more than one "
+            f"at {some(repeated)}; give the layers names that differ"
+        )
+    return Model(layers, shapes, set())
 
 
 def _layers(
@@ -66,8 +74,10 @@ def _layers(
     seen: set[int],
 ) -> Iterator[Layer]:
     """Yield the layers with a rule in a layer, in Keras' order."""
-    rule = rule_for(layer, rules, METHODS)
-    found = [rule] if rule else rule_for(layer, known, METHODS)
+    rule = _rule_for(layer, rules)
+    found = [rule] if rule else _rule_for(layer, known)
+    if found and not rule and not all(map(_is_of_keras, _all_inner(layer))):
+        found = None
     if found:
         name = _path(layer)
         kind = f"of class {bare(type(layer).__name__)}"
@@ -97,6 +107,24 @@ def _layers(
         yield from _layers(part, *inner, rules, known, seen)
 
 
+def _rule_for(layer: Any, rules: Mapping[type, Any]) -> Any:
+    """The rule of a layer's class, or of a base class that it leaves as it is."""
+    for kind in type(layer).__mro__:
+        if kind in rules:
+            return rules[kind]
+        if any(callable(x) and name not in HARMLESS for name, x in vars(kind).items()):
+            return None
+    return None
+
+
+def _is_of_keras(layer: Any) -> bool:
+    return type(layer).__module__.startswith("keras.")
+
+
+def _all_inner(layer: Any) -> list[Any]:
+    return layer._flatten_layers(include_self=False, recursive=True)
+
+
 def _aliases(layer: Any, parts: Sequence[Any]) -> list[str]:
     """The names of the layers in a layer, as Flax numbers them.
 
@@ -108,6 +136,8 @@ def _aliases(layer: Any, parts: Sequence[Any]) -> list[str]:
     """
     import keras
 
+    if hasattr(layer, "backward_layer"):  # a Bidirectional; named as torch's directions
+        return ["l0_reverse" if p is layer.backward_layer else "l0" for p in parts]
     is_ordered = isinstance(layer, keras.Sequential | keras.Function)
     numbers: dict[str, list[int]] = {}
     for part in parts:
@@ -154,6 +184,15 @@ def _path(layer: Any) -> str:
     return own[0].path.rpartition("/")[0] if own else layer.path
 
 
+def _layer_norm(weights: Weights, path: str, layer: Any) -> Any:
+    if getattr(layer, "rms_scaling", False):
+        raise ValueError(
+            f"{bare(path)} must be without rms_scaling, which Flax does not have, got "
+            "True; add rules={LayerNormalization: f}, for a layer of your own"
+        )
+    return keras_layers.norm(weights, path)
+
+
 def _batch_norm(weights: Weights, path: str, layer: Any) -> Any:
     stats = keras_layers.running_stats(weights, path)
     has_parameters = layer.scale or layer.center
@@ -189,15 +228,17 @@ RULES: dict[str, list[Rule]] = {
         keras_layers.einsum_dense: ["EinsumDense"],
         keras_layers.embedding: ["Embedding", "ReversibleEmbedding"],
         keras_layers.multi_head_attention: ["MultiHeadAttention"],
-        keras_layers.norm: [
-            f"{kind}Normalization" for kind in ("Group", "Layer", "RMS")
-        ],
+        keras_layers.norm: ["GroupNormalization", "RMSNormalization"],
         keras_layers.prelu: ["PReLU"],
         keras_layers.separable_conv: ["SeparableConv1D", "SeparableConv2D"],
     }.items()
     for name in names
 }
-RULES |= {"BatchNormalization": [_batch_norm], "Normalization": [_normalization]}
+RULES |= {
+    "BatchNormalization": [_batch_norm],
+    "LayerNormalization": [_layer_norm],
+    "Normalization": [_normalization],
+}
 _fused = _by_path(keras_layers.nnx_fused)
 RULES |= {
     f"{kind}{suffix}": rules

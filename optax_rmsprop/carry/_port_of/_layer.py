@@ -76,10 +76,12 @@ def unknown(layer: Any, name: str, own: Sequence[str], between: str) -> TypeErro
     """
     kind = type(layer)
     first = short(own[0], 40)
+    whole = f"f'{{name}}{between}{first}'" if name else repr(first)
+    what = shown(name) if name else "`model`"
     return TypeError(
-        f"{shown(name)} must be of a class that port_of knows, got "
+        f"{what} must be of a class that port_of knows, got "
         f"{short(f'{kind.__module__}.{kind.__qualname__}', 100)} with "
         f"{some(own, most=60)}; add rules={{{bare(kind.__name__)}: f}}, where f "
         "returns its arrays, such as lambda weights, name, layer: "
-        f"{{'{first}': weights[f'{{name}}{between}{first}']}}"
+        f"{{'{first}': weights[{whole}]}}"
     )

@@ -11,7 +11,9 @@ their numbers alone are a family; here each side has one. Within a family a numb
 counts only by its rank among its siblings: 0 and 3 are the first and the second, as are
 0 and 1. Names with several numbers in one part must have the same words. Where there
 are several families, those of the same words belong together, and then those that alone
-have the same ranks.
+are in modules of the same ranks. For example, norm and LayerNorm_0 are beside the
+blocks, and block.0.norm, block.1.norm and Block_0/LayerNorm_0, Block_1/LayerNorm_0 in
+them.
 """
 
 from __future__ import annotations
@@ -91,8 +93,7 @@ def fitted(
         ]
         for found in forms
     ]
-    names = [layer.alias for layer in layers]
-    found = _matched(names, shapes_of, {path: leaves[full[path]] for path in full})
+    found = _matched(layers, shapes_of, {path: leaves[full[path]] for path in full})
     targets = []
     lost = []
     for number, layer in enumerate(layers):
@@ -166,7 +167,7 @@ def _described(name: str, shapes: Shapes) -> str:
 
 
 def _matched(
-    names: Sequence[str], forms: Sequence[Sequence[Shapes]], leaves: Shapes
+    model: Sequence[Layer], forms: Sequence[Sequence[Shapes]], leaves: Shapes
 ) -> dict[int, tuple[int, Path]]:
     """The form and the subtree for each layer that has a match.
 
@@ -181,6 +182,7 @@ def _matched(
     for path, part in subtrees.items():
         nodes.setdefault(_kind(path, part), []).append(path)
     wanted: dict[Any, dict[int, int]] = {}
+    names = [layer.alias for layer in model]
     for layer, (name, of_forms) in enumerate(zip(names, forms, strict=True)):
         for form, shapes in enumerate(of_forms):
             wanted.setdefault(_kind((name,), shapes), {})[layer] = form
@@ -191,14 +193,17 @@ def _matched(
     for kind in sorted(wanted, key=lambda kind: len(kind[1]), reverse=True):
         layers = [layer for layer in wanted[kind] if layer not in found]
         free = [path for path in nodes.get(kind, ()) if not _is_within(path, taken)]
-        pairs = _paired(
-            [_words(names[layer]) for layer in layers],
-            [_words(".".join(path)) for path in free],
-        )
-        if len(pairs) > 1 and any(
-            _may_be_crossed(names[layers[i]], free[j]) for i, j in pairs
-        ):
-            continue
+        own = [model[layer].path for layer in layers]
+        if sorted(own) == sorted(free):  # the names themselves
+            pairs = [(i, free.index(path)) for i, path in enumerate(own)]
+        else:
+            pairs = _paired(
+                [_words(names[layer]) for layer in layers],
+                [_words(".".join(path)) for path in free],
+            )
+            crossed = (_may_be_crossed(names[layers[i]], free[j]) for i, j in pairs)
+            if len(pairs) > 1 and any(crossed):
+                continue
         for i, j in pairs:
             found[layers[i]] = wanted[kind][layers[i]], free[j]
             taken.add(free[j])
@@ -233,31 +238,32 @@ def _paired(ours: Sequence[Words], theirs: Sequence[Words]) -> list[tuple[int, i
         return [(0, 0)]
     families, others = _families(ours), _families(theirs)
     pairs = []
-    for words, members in families.items():
+    for words, family in families.items():
         partner = others.get(words)
         if partner is None:
-            # Families without one of the same words: those alone with these ranks.
+            # Families without one of the same words: those alone in these modules.
             rest = [f for w, f in families.items() if w not in others]
-            alike = [f for w, f in others.items() if w not in families]
-            alike = [f for f in alike if f.keys() == members.keys()]
-            if len(alike) != 1 or sum(f.keys() == members.keys() for f in rest) != 1:
+            left = [f for w, f in others.items() if w not in families]
+            left = [f for f in left if f.modules == family.modules]
+            if len(left) != 1 or sum(f.modules == family.modules for f in rest) != 1:
                 return []
-            partner = alike[0]
-        if partner.keys() != members.keys():
+            partner = left[0]
+        if partner.members.keys() != family.members.keys():
             return []
-        pairs += [(members[ranks], partner[ranks]) for ranks in members]
+        pairs += [(n, partner.members[ranks]) for ranks, n in family.members.items()]
     return pairs if len(pairs) == len(ours) else []
 
 
 def _may_be_crossed(name: str, path: Path) -> bool:
     """Whether numbers may stand for other things in the two names.
 
-    branch0.conv1 and conv1_branch0 have them in another order. Modules within modules
-    have them from the outside in.
+    branch0.conv1 and conv1_branch0 have them in another order, and so have
+    heads.0.layers.1 and layers.1.heads.0.
     """
     parts = [*name.split("."), *path]
     in_one = any(len(re.findall(r"\d+", part)) > 1 for part in parts)
-    return in_one and _letters(_words(name)) != _letters(_words(".".join(path)))
+    ours, theirs = _letters(_words(name)), _letters(_words(".".join(path)))
+    return ours != theirs and (in_one or sorted(ours) == sorted(theirs))
 
 
 def _letters(words: Words) -> Words:
@@ -273,11 +279,25 @@ def _words(name: str) -> Words:
     return tuple(words)
 
 
-def _families(names: Sequence[Words]) -> dict[Words, dict[tuple[int, ...], int]]:
-    """Positions of names by their words, without a common beginning, and their ranks.
+class Family(NamedTuple):
+    """Names that differ in their numbers alone.
+
+    Attributes:
+      members: the position of each, by its ranks among its siblings.
+      modules: how deep they are, and the ranks of the modules in which they are. A
+        number at the end of a name is that of the layer itself.
+    """
+
+    members: dict[tuple[int, ...], int]
+    modules: tuple[int, set[tuple[int, ...]]]
+
+
+def _families(names: Sequence[Words]) -> dict[Words, Family]:
+    """Families by their words, without a common beginning.
 
     ("layers", "0"), ("layers", "3") and ("norm",) become
-    {("layers", "#"): {(0,): 0, (1,): 1}, ("norm",): {(): 2}}.
+    {("layers", "#"): Family({(0,): 0, (1,): 1}, (1, {()})),
+     ("norm",): Family({(): 2}, (1, {()}))}.
     """
     siblings: dict[Words, set[int]] = {}
     for words in names:
@@ -298,9 +318,16 @@ def _families(names: Sequence[Words]) -> dict[Words, dict[tuple[int, ...], int]]
             for i, word in enumerate(plain)
             if word == "#"
         ]
-        # A number that is always the first of its siblings tells nothing.
-        telling = [column for column in ranks if any(column)]
-        found[plain[common:]] = {
-            tuple(column[i] for column in telling): n for i, n in enumerate(members)
-        }
+        around = ranks[:-1] if plain[-1:] == ("#",) else ranks
+        depth = sum(word != "#" for word in plain[common:])
+        found[plain[common:]] = Family(
+            dict(zip(_telling(ranks, len(members)), members, strict=True)),
+            (depth, set(_telling(around, len(members)))),
+        )
     return found
+
+
+def _telling(ranks: Sequence[Sequence[int]], size: int) -> list[tuple[int, ...]]:
+    """The ranks of each member, without those that are 0 for all, and tell nothing."""
+    columns = [column for column in ranks if any(column)]
+    return [tuple(column[i] for column in columns) for i in range(size)]

@@ -7,7 +7,7 @@ after another, and puts what they return under the layers' names. The layers "sc
     {"scale": ..., "head": {"kernel": ..., "bias": ...}}
 
 Before that, each rule is called once with the numbers of the arrays instead of their
-values: "scale" is filled with 0, "head.weight" with 1, and "head.bias" with 2. So we
+values: "scale" is filled with 1, "head.weight" with 2, and "head.bias" with 3. So we
 know the shapes that it returns, and from which array each comes. This shows parameters
 that a rule leaves out, and tied ones, which the port must use once.
 """
@@ -70,8 +70,10 @@ def port_of(
         alone), an `nnx.Module`, an `nnx.State`, or a pure dict of one. Only its shapes
         are used. Layers are matched to layers with the same leaves of the same shapes.
         If several layers have the same, their names must decide: layers.0 is layers_0,
-        and numbers alone count by their order, as in Keras' dense, dense_1, dense_2. If
-        `like` has no running statistics, the port leaves them out. Where a cell has two
+        and numbers alone count by their order. So do the numbers of Keras' automatic
+        names in a Sequential or functional model, if the layers were made in the order
+        of the calls; elsewhere these numbers do not decide. If `like` has no running
+        statistics, the port leaves them out. Where a cell has two
         biases, one of NNX must have both, too (`torch_layers.both_biases`). One of
         Linen gets both, for `torch_layers.one_bias` in the loss; name two directions
         "l0" and "l0_reverse".
@@ -153,7 +155,7 @@ class _Numbered:
         # All elements of an array are the same one in memory.
         self._arrays = {
             name: np.broadcast_to(np.float32(number), shape)
-            for number, (name, shape) in enumerate(model.shapes.items())
+            for number, (name, shape) in enumerate(model.shapes.items(), start=1)
         }
 
     def read(self, layer: Layer, rule: Callable[[Weights], Any]) -> Form:
@@ -201,12 +203,12 @@ class _Numbered:
         low, high = np.min(leaf), np.max(leaf)
         numbers = [low] if low == high else np.unique(np.asarray(leaf))
         found = list(map(float, numbers))
-        if not all(n.is_integer() and 0 <= n < len(self._names) for n in found):
+        if not all(n.is_integer() and 0 < n <= len(self._names) for n in found):
             raise ValueError(
                 f"the rule for {where} must only move elements, but changes some; "
                 "let it rename, reshape, transpose, split, concatenate and stack"
             )
-        return {self._names[int(number)] for number in found}
+        return {self._names[int(number) - 1] for number in found}
 
 
 def _flat(tree: Any, what: str = "", path: Path = ()) -> dict[Path, Any]:

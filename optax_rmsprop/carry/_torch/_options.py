@@ -73,6 +73,14 @@ def class_dialect(optimizer: Any, dialect: str | None) -> str:
                 "parameters and are not carried, got one; remove it (handle.remove()), "
                 "and do the same in JAX"
             )
+    # torch's schedulers put a step that counts around the optimizer's.
+    step = getattr(optimizer, "__dict__", {}).get("step")
+    if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+        raise ValueError(
+            "`optimizer` must make the steps of its class, got a step of its own, "
+            "which is not carried; remove it (del optimizer.step), and do the same in "
+            "JAX"
+        )
     known = own or dialect
     if known is None:
         remedy = (
