@@ -100,11 +100,7 @@ def _read(
             "`optimizer` must be a keras.optimizers.RMSprop of Keras 3, or inherit its "
             f"update_step and apply, got {kind_of(optimizer)}; {remedy}"
         )
-    if repeated := _repeated(v.path for v in model.weights):
-        raise ValueError(
-            "`model` must have a path of its own for each variable, got more than one "
-            f"at {some(repeated)}; give the layers names"
-        )
+    check_paths(model)
     weights = {
         v.path: Weight(tuple(np.shape(v)), lazy(np.asarray, v)) for v in model.weights
     }
@@ -183,6 +179,15 @@ def _read(
             "was built, compile the model again in Keras"
         )
     return Source(weights, groups)
+
+
+def check_paths(model: keras.Model) -> None:
+    """Refuse a model of which two variables have the same path."""
+    if repeated := _repeated(v.path for v in model.weights):
+        raise ValueError(
+            "`model` must have a path of its own for each variable, got more than one "
+            f"at {some(repeated)}; give the layers names that differ"
+        )
 
 
 def _repeated(names: Iterable[str]) -> list[str]:

@@ -377,6 +377,8 @@ LONG = "layer" * 300
     [
         (Layer("net", "net"), None, ValueError, "must be built, got one without"),
         (dense(Layer), LONG, TypeError, "`rules` must be a dict from classes"),
+        (dense(Layer), {LONG: print}, TypeError, "`rules` must have classes for keys"),
+        (dense(Layer), {Layer: LONG}, TypeError, "`rules` must have classes for keys"),
         (
             dense(subclass(Layer, LONG), LONG, LONG),
             None,

@@ -16,8 +16,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from optax_rmsprop._errors import bare, shown, some
+from optax_rmsprop._errors import bare, shown
 from optax_rmsprop.carry import keras_layers
+from optax_rmsprop.carry._keras import check_paths
 from optax_rmsprop.carry._port_of._layer import (
     Layer,
     Model,
@@ -40,7 +41,8 @@ def keras_layers_of(model: Any, rules: Mapping[type, Rule]) -> Model:
 
     Raises:
       TypeError: a layer of an unknown class has weights of its own.
-      ValueError: the model is not built; two layers beside each other have one name.
+      ValueError: the model is not built; two layers beside each other have one name,
+        or two variables one path.
     """
     import keras
 
@@ -54,15 +56,8 @@ def keras_layers_of(model: Any, rules: Mapping[type, Rule]) -> Model:
         if hasattr(keras.layers, name)  # an older Keras 3 lacks some
     }
     layers = list(_layers(model, (), (), rules, known, seen=set()))
-    shapes = {v.path: tuple(v.shape) for v in model.weights}
-    if len(shapes) < len(model.weights):
-        counts = collections.Counter(v.path for v in model.weights)
-        repeated = [path for path, count in counts.items() if count > 1]
-        raise ValueError(
-            "`model` must have a path of its own for each variable, got more than one "
-            f"at {some(repeated)}; give the layers names that differ"
-        )
-    return Model(layers, shapes, set())
+    check_paths(model)
+    return Model(layers, {v.path: tuple(v.shape) for v in model.weights}, set())
 
 
 def _layers(
@@ -76,7 +71,8 @@ def _layers(
     """Yield the layers with a rule in a layer, in Keras' order."""
     rule = _rule_for(layer, rules)
     found = [rule] if rule else _rule_for(layer, known)
-    if found and not rule and not all(map(_is_of_keras, _all_inner(layer))):
+    inner = () if rule else _inner(layer, recursive=True)
+    if not all(type(part).__module__.startswith("keras.") for part in inner):
         found = None
     if found:
         name = _path(layer)
@@ -103,8 +99,8 @@ def _layers(
                 "`model` must have a name of its own for each layer, got two named "
                 f"{shown(part.name)} in {bare(layer.name)}; give the layers names"
             )
-        inner = (*path, part.name), (*aliases, alias)
-        yield from _layers(part, *inner, rules, known, seen)
+        names_of = (*path, part.name), (*aliases, alias)
+        yield from _layers(part, *names_of, rules, known, seen)
 
 
 def _rule_for(layer: Any, rules: Mapping[type, Any]) -> Any:
@@ -115,14 +111,6 @@ def _rule_for(layer: Any, rules: Mapping[type, Any]) -> Any:
         if any(callable(x) and name not in HARMLESS for name, x in vars(kind).items()):
             return None
     return None
-
-
-def _is_of_keras(layer: Any) -> bool:
-    return type(layer).__module__.startswith("keras.")
-
-
-def _all_inner(layer: Any) -> list[Any]:
-    return layer._flatten_layers(include_self=False, recursive=True)
 
 
 def _aliases(layer: Any, parts: Sequence[Any]) -> list[str]:
@@ -163,9 +151,9 @@ def _automatic(layer: Any) -> tuple[str, int] | None:
     return stem, int(number or 0)
 
 
-def _inner(layer: Any) -> list[Any]:
+def _inner(layer: Any, recursive: bool = False) -> list[Any]:
     """The layers in a layer; Keras has no public method for one that is no Model."""
-    return layer._flatten_layers(include_self=False, recursive=False)
+    return layer._flatten_layers(include_self=False, recursive=recursive)
 
 
 def _own(layer: Any) -> list[Any]:

@@ -57,18 +57,6 @@ def bound(rules: Sequence[Rule], name: str, layer: Any) -> list[Callable[..., An
     return [lambda weights, rule=rule: rule(weights, name, layer) for rule in rules]
 
 
-def rule_for(layer: Any, rules: Mapping[type, Any], methods: Sequence[str]) -> Any:
-    """The rule of a layer's class, or of a base class whose `methods` it has kept."""
-    own = type(layer)
-    for kind in own.__mro__:
-        if kind in rules and all(
-            getattr(own, method, None) is getattr(kind, method, None)
-            for method in methods
-        ):
-            return rules[kind]
-    return None
-
-
 def unknown(layer: Any, name: str, own: Sequence[str], between: str) -> TypeError:
     """The error for a layer of no known class with arrays of its own.
 

@@ -73,15 +73,15 @@ def port_of(
         and numbers alone count by their order. So do the numbers of Keras' automatic
         names in a Sequential or functional model, if the layers were made in the order
         of the calls; elsewhere these numbers do not decide. If `like` has no running
-        statistics, the port leaves them out. Where a cell has two
-        biases, one of NNX must have both, too (`torch_layers.both_biases`). One of
-        Linen gets both, for `torch_layers.one_bias` in the loss; name two directions
-        "l0" and "l0_reverse".
+        statistics, the port leaves them out. Where a cell has two biases, one of NNX
+        must have both, too (`torch_layers.both_biases`). One of Linen gets both, for
+        `torch_layers.one_bias` in the loss; name two directions "l0" and "l0_reverse".
       rules: for each class that is not known, a function from the model's arrays, the
         layer's name and the live layer to a dict of arrays, nested or not, or to one
         array. The names of Keras are paths. A rule must use all parameters of the layer
         and its children. Rules come before the built-in ones. As those, they apply to
-        subclasses without a forward (in Keras a `call`) of their own.
+        subclasses without a forward of their own; in Keras to those without any method
+        but for construction, configuration and shapes.
 
     Returns:
       The port: a function from a dict of the model's arrays to the tree.

@@ -26,7 +26,6 @@ from optax_rmsprop.carry._port_of._layer import (
     Rule,
     Weights,
     bound,
-    rule_for,
     unknown,
 )
 from optax_rmsprop.carry._torch._memory import address, has_shape, problem
@@ -35,9 +34,6 @@ from optax_rmsprop.carry.torch_layers import _name
 
 if TYPE_CHECKING:
     import torch
-
-# A subclass with one of these of its own computes something else.
-METHODS = "forward", "_conv_forward", "__call__"
 
 
 def torch_layers_of(model: Any, rules: Mapping[type, Rule]) -> Model:
@@ -82,12 +78,12 @@ def _layers(
     kind = f"of class {bare(type(module).__name__)}"
     inside = [_name(name, n) for n, _ in module.named_parameters()]
     built_in = _layers_known()
-    rule = rule_for(module, rules, METHODS)
+    rule = _rule_for(module, rules)
     if rule is None:
-        if (cells := rule_for(module, _cells_known(), METHODS)) is not None:
+        if (cells := _rule_for(module, _cells_known())) is not None:
             yield from _recurrent(name, path, kind, module, cells)
             return
-        rule = rule_for(module, built_in, METHODS)
+        rule = _rule_for(module, built_in)
     if rule is not None:
         yield Layer(name, name, path, kind, bound([rule], name, module), inside)
         return
@@ -103,6 +99,18 @@ def _layers(
     for child_name, child in module._modules.items():
         if child is not None:
             yield from _layers(_name(name, child_name), child, rules)
+
+
+def _rule_for(module: torch.nn.Module, rules: Mapping[type, Any]) -> Any:
+    """The rule of a module's class, or of a base class whose computation it has."""
+    own = type(module)
+    for kind in own.__mro__:
+        if kind in rules and all(
+            getattr(own, method, None) is getattr(kind, method, None)
+            for method in ("forward", "_conv_forward", "__call__")
+        ):
+            return rules[kind]
+    return None
 
 
 def _taken(weights: Weights, name: str) -> Any:
