@@ -407,12 +407,14 @@ PAIRED = [
     ("b.0.0 b.0.2 b.1.1 b.1.3", "b_0/c_0 b_0/c_1 b_1/c_0 b_1/c_1"),
     ("norm b.0.norm b.1.norm", "LayerNorm_0 Block_0/LayerNorm_0 Block_1/LayerNorm_0"),
     ("x.q x.k", "model/y/q model/y/k"),
+    ("stem.conv block1.conv", "stem_conv block1_conv"),
     ("lstm.l0 lstm.l0_reverse", "forward_rnn/cell backward_rnn/cell"),
 ]
 # Those between which the names do not decide.
 AMBIGUOUS = [
     ("a", "b c"),
     ("a b", "c d"),
+    ("a.bc ab.c", "a_bc ab_c"),
     ("q k v", "query key value"),
     ("b.0.x b.1.x c", "b_0/x b_1/x b_2/x"),
     ("b.0.x b.0.y b.1.x", "b_0/x b_1/x b_1/y"),

@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -292,12 +292,13 @@ class Family(NamedTuple):
     modules: tuple[int, set[tuple[int, ...]]]
 
 
-def _families(names: Sequence[Words]) -> dict[Words, Family]:
-    """Families by their words, without a common beginning.
+def _families(names: Sequence[Words]) -> dict[str, Family]:
+    """Families by their joined words, without a common beginning.
 
     ("layers", "0"), ("layers", "3") and ("norm",) become
-    {("layers", "#"): Family({(0,): 0, (1,): 1}, (1, {()})),
-     ("norm",): Family({(): 2}, (1, {()}))}.
+    {"layers#": Family({(0,): 0, (1,): 1}, (1, {()})),
+     "norm": Family({(): 2}, (1, {()}))}.
+    The words are joined because torch's stem.conv may be stem_conv in Flax.
     """
     siblings: dict[Words, set[int]] = {}
     for words in names:
@@ -309,8 +310,8 @@ def _families(names: Sequence[Words]) -> dict[Words, Family]:
     for number, words in enumerate(names):
         plain = tuple("#" if word.isdigit() else word for word in words)
         families.setdefault(plain, []).append(number)
-    columns = zip(*families, strict=False)
-    common = len(list(itertools.takewhile(lambda c: len(set(c)) == 1, columns)))
+    common = _common(families)
+    beginning = _common("".join(plain) for plain in families)
     found = {}
     for plain, members in families.items():
         ranks = [
@@ -320,11 +321,17 @@ def _families(names: Sequence[Words]) -> dict[Words, Family]:
         ]
         around = ranks[:-1] if plain[-1:] == ("#",) else ranks
         depth = sum(word != "#" for word in plain[common:])
-        found[plain[common:]] = Family(
+        found["".join(plain)[beginning:]] = Family(
             dict(zip(_telling(ranks, len(members)), members, strict=True)),
             (depth, set(_telling(around, len(members)))),
         )
     return found
+
+
+def _common(sequences: Iterable[Sequence[str]]) -> int:
+    """The number of elements with which all begin."""
+    columns = zip(*sequences, strict=False)
+    return len(list(itertools.takewhile(lambda c: len(set(c)) == 1, columns)))
 
 
 def _telling(ranks: Sequence[Sequence[int]], size: int) -> list[tuple[int, ...]]:
