@@ -1,6 +1,7 @@
 """What a run of torch may hide is carried exactly, or refused with a remedy."""
 
 import copy
+import functools
 import types
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from helpers import update_in_torch
 from optax_rmsprop.carry import (
@@ -101,6 +103,12 @@ class RMSpropTF(torch.optim.RMSprop):
         return super().step(closure)
 
 
+class Wraps(torch.optim.RMSprop):
+    @functools.wraps(torch.optim.RMSprop.step)
+    def step(self, closure=None):
+        return super().step(closure)
+
+
 def test_a_subclass_that_inherits_the_step_is_torchs():
     for kind in (Inherits, torch.optim.RMSprop):  # the first one made is patched
         model = two_layers()
@@ -109,7 +117,7 @@ def test_a_subclass_that_inherits_the_step_is_torchs():
         assert_torch_agrees(model, optimizer, from_torch(model, optimizer, dict))
 
 
-@pytest.mark.parametrize("kind", [Overrides, RMSpropTF, torch.optim.Adam])
+@pytest.mark.parametrize("kind", [Overrides, RMSpropTF, Wraps, torch.optim.Adam])
 def test_a_class_with_a_step_of_its_own_is_refused(kind):
     model = two_layers()
     optimizer = kind(model.parameters())
@@ -146,10 +154,14 @@ def test_a_known_class_has_its_own_dialect():
 def test_step_hooks_are_refused():
     model = two_layers()
     optimizer = torch.optim.RMSprop(model.parameters())
-    hook = optimizer.register_step_post_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="must have no step post hooks"):
-        from_torch(model, optimizer, dict)
-    hook.remove()
+    for register in (
+        optimizer.register_step_post_hook,
+        register_optimizer_step_post_hook,
+    ):
+        hook = register(lambda *_: None)
+        with pytest.raises(ValueError, match="must have no step post hooks"):
+            from_torch(model, optimizer, dict)
+        hook.remove()
     torch.optim.lr_scheduler.StepLR(optimizer, 2)  # which wraps the optimizer's step
     assert from_torch(model, optimizer, dict).params
     optimizer.step = lambda: None

@@ -52,6 +52,8 @@ def class_dialect(optimizer: Any, dialect: str | None) -> str:
 
     A class is known by the module of its step, which a subclass may inherit.
     """
+    import torch.optim.optimizer as torch_optimizer
+
     check_dialect(dialect)
     if remedy := wrapped_optimizer(optimizer):
         raise TypeError(
@@ -60,18 +62,19 @@ def class_dialect(optimizer: Any, dialect: str | None) -> str:
         )
     step = getattr(type(optimizer), "step", None)
     where = getattr(step, "__module__", ""), getattr(step, "__qualname__", "")
-    own = STEPS.get(where)
+    own = None if _is_wrapped(step) else STEPS.get(where)
     if own and dialect not in (None, own):
         raise ValueError(
             f"`dialect` must be {own!r}, which is that of `optimizer`, got "
             f"{dialect!r}; leave it out"
         )
     for kind in ("pre", "post"):
-        if getattr(optimizer, f"_optimizer_step_{kind}_hooks", None):
+        own_hooks = getattr(optimizer, f"_optimizer_step_{kind}_hooks", None)
+        if own_hooks or getattr(torch_optimizer, f"_global_optimizer_{kind}_hooks"):
             raise ValueError(
                 f"`optimizer` must have no step {kind} hooks, which may change "
-                "parameters and are not carried, got one; remove it (handle.remove()), "
-                "and do the same in JAX"
+                "parameters and are not carried, got one, of its own or for all "
+                "optimizers; remove it (handle.remove()), and do the same in JAX"
             )
     # torch's schedulers put a step that counts around the optimizer's.
     step = getattr(optimizer, "__dict__", {}).get("step")
@@ -94,6 +97,18 @@ def class_dialect(optimizer: Any, dialect: str | None) -> str:
             f"Stable-Baselines3's RMSpropTFLike, got {kind_of(optimizer)}; {remedy}"
         )
     return known
+
+
+def _is_wrapped(step: Any) -> bool:
+    """Whether a function that is not torch's is around a step, with its name.
+
+    functools.wraps gives a function the name and the module of the one in it.
+    """
+    while hasattr(step, "__wrapped__"):
+        if not step.__globals__["__name__"].startswith("torch."):
+            return True
+        step = step.__wrapped__
+    return False
 
 
 def group_of(
