@@ -24,13 +24,18 @@ def largest(dtype: DTypeLike) -> float:
     return math.sqrt(float(jnp.finfo(dtype).max)) / 2
 
 
+def where(mask: jax.Array, number: ArrayLike, x: jax.Array) -> jax.Array:
+    """`jnp.where` for a number and an array, without a function of its own to trace."""
+    return jax.lax.select(mask, jax.lax.full_like(x, number), x)
+
+
 def clip(x: jax.Array, limit: float) -> jax.Array:
     """Clip x to [-limit, limit]. NaN stays."""
-    return jnp.where(x > limit, limit, jnp.where(x < -limit, -limit, x))
+    return jax.lax.select(abs(x) > limit, limit * jax.lax.sign(x), x)
 
 
 class Moment(NamedTuple):
-    """A second moment by its parts: decay * old + min(weight * x², most).
+    """A second moment and its parts: decay * old + min(weight * x², most).
 
     `divide` needs the parts for its derivatives.
     """
@@ -40,20 +45,30 @@ class Moment(NamedTuple):
     weight: jax.Array
     x: jax.Array
     most: ArrayLike
+    value: jax.Array
+
+    @classmethod
+    def of(
+        cls,
+        decay: jax.Array,
+        old: jax.Array,
+        weight: jax.Array,
+        x: jax.Array,
+        most: ArrayLike,
+    ) -> "Moment":
+        # As weight * (x * x), it could have an infinite derivative by the weight.
+        increment = weight * x * x
+        increment = where(increment > most, most, increment)
+        return cls(decay, old, weight, x, most, decay * old + increment)
 
     @property
     def is_clipped(self) -> jax.Array:
-        return self.weight * (self.x * self.x) > self.most
+        return self.weight * self.x * self.x > self.most
 
     @property
     def free_x(self) -> jax.Array:
-        """x where the moment depends on it."""
-        return jnp.where(self.is_clipped, 0, self.x)
-
-    @property
-    def value(self) -> jax.Array:
-        increment = self.weight * (self.free_x * self.free_x)
-        return self.decay * self.old + jnp.where(self.is_clipped, self.most, increment)
+        """x where the moment depends on it, else 0."""
+        return where(self.is_clipped, 0, self.x)
 
 
 def divide(
@@ -62,10 +77,11 @@ def divide(
     """g / (√moment + eps), or g / √(moment + eps); 0/0 is 0.
 
     A second epsilon (1e-35 in float32) keeps the root's derivative and the quotient
-    finite at 0. It is lost in the rounding of every moment above 1e-27. The quotient is
-    clipped at 2¹⁰⁰ in float32 (1e30): momentum can add 2²⁵ of them without an overflow.
+    finite at 0. It is lost in the rounding of every moment above 1e-27. And 2⁻¹⁰⁰ |g|
+    in the denominator keeps the quotient below 2¹⁰⁰ (1e30): momentum can add 2²⁵ of
+    them without an overflow. It is lost in the rounding of every quotient below 1e22.
     """
-    g = clip(g, largest(g.dtype)) + 0 * g  # NaN where g is infinite
+    g = clip(g, largest(g.dtype)) + (g - g)  # NaN where g is infinite
     return _quotient(eps_in_sqrt, g, moment, jnp.asarray(eps, g.dtype))
 
 
@@ -137,18 +153,23 @@ def _term_jvp(
 def _value(powers: Powers, eps_in_sqrt: bool, arguments: Arguments) -> jax.Array:
     (i, j, m, n), (g, moment, eps) = powers, arguments
     above_0 = float(jnp.finfo(g.dtype).tiny) * 2**10
+    least = abs(g) * (1 / _room(g.dtype))
     if eps_in_sqrt:
-        root = denominator = jnp.sqrt(moment.value + (eps + above_0))
+        root = jnp.sqrt(moment.value + (eps + above_0))
+        denominator = root + least
     else:
         root = jnp.sqrt(moment.value + above_0)
-        denominator = root + eps
-    least = jnp.abs(g) / _room(g.dtype)
-    # A select wants both on the same axes of a mesh, which a sum of both is.
-    least, denominator = least + 0 * denominator, denominator + 0 * least
-    denominator = jnp.where(denominator < least, least, denominator)
-    # No quotient is divided again: XLA would multiply the divisors, which may give 0.
-    factors = j * [moment.free_x / root] + (m - 1) * [1 / denominator] + n * [1 / root]
-    return math.prod(factors, start=(g if i else 1) / denominator)
+        denominator = root + (eps + least)
+    value = (g if i else 1) / denominator
+    # Factor by factor: powers of 1 / root may be infinite where the product is not. No
+    # quotient is divided again: XLA would multiply the divisors, which may give 0.
+    for _ in range(j):
+        value *= moment.free_x / root
+    for _ in range(m - 1):
+        value *= 1 / denominator
+    for _ in range(n):
+        value *= 1 / root
+    return value
 
 
 def _tangent(
@@ -159,8 +180,8 @@ def _tangent(
     tangents: Arguments,
 ) -> jax.Array:
     (i, j, m, n), (_, moment, _), (dg, d, deps) = powers, arguments, tangents
-    clipped = moment.is_clipped
-    d_increment = d.weight * (moment.free_x * moment.free_x)
+    clipped, free_x = moment.is_clipped, moment.free_x
+    d_increment = d.weight * (free_x * free_x)
     d_moment = d.decay * moment.old + moment.decay * d.old
     d_moment += jnp.where(clipped, d.most, d_increment)
     dx = jnp.where(clipped, 0, d.x)

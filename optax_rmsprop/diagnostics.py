@@ -96,7 +96,7 @@ def diagnose(
         def leaf(moment: jax.Array) -> jax.Array:
             zero, one, top = (jnp.asarray(x, moment.dtype) for x in (0, 1, numerator))
             # 1 * moment + 0 * 0²: `divide` takes a moment by its parts.
-            unchanged = Moment(one, moment, zero, zero, zero)
+            unchanged = Moment.of(one, moment, zero, zero, zero)
             return divide(top, unchanged, eps, eps_in_sqrt)
 
         return by_parts(leaf, moment)

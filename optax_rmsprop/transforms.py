@@ -275,7 +275,7 @@ def _rms_leaf(
 ) -> tuple[jax.Array, ...]:
     def update(g: jax.Array, nu: jax.Array) -> tuple[jax.Array, ...]:
         decay, weight = jnp.asarray(d, g.dtype), jnp.asarray(a, g.dtype)
-        new_nu = Moment(decay, nu, weight, g, weight * largest(g.dtype) ** 2)
+        new_nu = Moment.of(decay, nu, weight, g, weight * largest(g.dtype) ** 2)
         return divide(g, new_nu, eps, eps_in_sqrt), new_nu.value
 
     return by_parts(update, cast(g, nu.dtype), nu)
@@ -298,7 +298,7 @@ def _stddev_leaf(
         # decay is 0 in the first bias-corrected update: then mu = g, and var is 0.
         above_0 = jnp.where(decay > jnp.finfo(g.dtype).tiny, decay, 1)
         most = weight * largest(g.dtype) ** 2
-        new_var = Moment(decay, var, weight / above_0, g - mu, most)
+        new_var = Moment.of(decay, var, weight / above_0, g - mu, most)
         return divide(g, new_var, eps, eps_in_sqrt), mu, new_var.value
 
     return by_parts(update, cast(g, mu.dtype), mu, var)

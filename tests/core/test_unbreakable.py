@@ -216,13 +216,15 @@ def test_an_infinite_gradient_is_forgotten_with_weight_decay_too(centered):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_centered_quotient_is_exact_up_to_where_it_is_held(dtype):
+def test_a_centered_quotient_is_exact_up_to_1e22_and_limited(dtype):
     tx = scale_by_stddev(eps=1e-8, bias_correction=True)
-    g = jnp.asarray([1e15, 1e18, 5e18], dtype)
+    g = jnp.asarray([1.0, 1e10, 1e14], dtype)
     np.testing.assert_allclose(tx.update(g, tx.init(g))[0], g / 1e-8, rtol=2e-7)
     tx = scale_by_stddev(eps=0.0, bias_correction=True)
     if dtype == "float32":
-        np.testing.assert_allclose(tx.update(g, tx.init(g))[0][1:], 2.0**100, rtol=2e-7)
+        largest = tx.update(g * 1e4, tx.init(g))[0][1:]
+        np.testing.assert_array_less(largest, 2.0**100)
+        np.testing.assert_array_less(2.0**95, largest)
 
 
 @pytest.mark.parametrize("centered", [False, True])
