@@ -2,10 +2,12 @@
 
     python benchmarks/report.py
 
-makes results/step-BACKEND.png for CPU, GPU and TPU, and docs/figures/small_state.png.
+makes results/step-KIND.png for CPU, GPU, TPU and `single_pass`, and
+docs/figures/small_state.png.
 `python docs/tables` makes the tables.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -29,20 +31,25 @@ def record(name):
 
 def draw_times(name):
     """The time of every competitor, as a multiple of ours."""
-    rows = record(name)["rows"]
-    size = {"figsize": (9, 3), "sharex": True, "sharey": True}
-    figure, panels = plt.subplots(1, len(rows), **size)
-    for axes, (row, found) in zip(panels, rows.items(), strict=True):
-        ratios = found["summary"]["ratio_to"]
+    rows = {tuple(row.split()): found for row, found in record(name)["rows"].items()}
+    leaves, options = (list(dict.fromkeys(parts)) for parts in zip(*rows, strict=True))
+    size = {"figsize": (9, 2.6 * len(leaves)), "sharex": True, "sharey": True}
+    shape = len(leaves), len(options)
+    figure, panels = plt.subplots(*shape, squeeze=False, **size)
+    cells = itertools.product(leaves, options)
+    for (leaves_, kind), axes in zip(cells, panels.flat, strict=True):
+        if (leaves_, kind) not in rows:
+            axes.set_axis_off()
+            continue
+        ratios = rows[leaves_, kind]["summary"]["ratio_to"]
         # A row that was not measured has no bar.
         times = [1 / ratios[p]["mean"] if p in ratios else np.nan for p in step.PEERS]
         colors = ["C0", *["C5"] * len(times)]
         axes.barh(["ours", *step.PEERS], [1, *times], color=colors)
         axes.axvline(1, color="C0", linewidth=1)
-        title = row.replace(" ", "\n").replace("+", "\n+ ")
-        axes.set(title=title, xlabel="time / ours")
+        axes.set(title=f"{leaves_}\n{kind}", xlabel="time / ours")
         axes.grid(axis="y", visible=False)
-    panels[0].invert_yaxis()
+    panels.flat[0].invert_yaxis()
     return figure
 
 
@@ -68,6 +75,7 @@ def draw_traffic(name):
 
 DRAWN = {
     "step-cpu": draw_times,
+    "step-single_pass": draw_times,
     "step-gpu": draw_times,
     "step-tpu": draw_traffic,
 }

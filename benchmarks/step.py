@@ -9,6 +9,8 @@ anew, every other round in reverse: of two copies of one program, the one built 
 may be 5 % faster, or slower. Then two or three competitors take turns in random order:
 ours and optax; ours and a copy; ours and torch, whose threads would disturb the others.
 
+With --single-pass, ours is in `single_pass`, and XLA's pass that joins loops is on.
+
 A ratio is our time / theirs in the same turn, its median over the turns of a round. The
 table has the geometric mean over rounds and, in brackets, the least and the greatest.
 The last column is the bandwidth of our step as a fraction of that of a plain copy.
@@ -38,6 +40,7 @@ import numpy as np
 import optax
 
 import optax_rmsprop
+from optax_rmsprop.wrappers import single_pass
 
 try:
     import torch
@@ -57,6 +60,7 @@ LEAVES = {
 QUICK_LEAVES = {"1x1M": (1, 1_000_000), "16x15k": (16, 15_000), "100x100": (100, 100)}
 OPTIONS = {
     "plain": {"centered": False, "momentum": 0.0},
+    "momentum": {"centered": False, "momentum": 0.9},
     "centered+momentum": {"centered": True, "momentum": 0.9},
 }
 HYPERPARAMETERS = 1e-2, 0.99, 1e-8  # learning rate, decay, eps
@@ -73,11 +77,19 @@ GROUPS = {
 PEERS = [peer for peers in GROUPS.values() for peer in peers if peer != "copy"]
 WARM_UP = 3
 AGREEMENT = 1e-3  # between parameters of size 10; seen: 4e-5 after 280 steps
-# The ratios that --check accepts.
+# The ratios that --check accepts; ADAM is in `single_pass` against itself.
+LARGE = ("1x32M", "160x150k")
 LIMITS = {
-    "optax": {"1x32M": 1.05, "160x150k": 1.05, "1000x1000": 1.05},
-    "torch foreach": {"1x32M": 0.75, "160x150k": 0.75},
+    "optax": dict.fromkeys(LEAVES, 1.05),
+    "torch foreach": dict.fromkeys(LARGE, 0.75),
 }
+SINGLE_PASS_LIMITS = {
+    "optax": dict.fromkeys(LARGE, 0.75) | {"1000x1000": 1.05},
+    "C loop": dict.fromkeys(LARGE, 1.15),
+    "torch compile": dict.fromkeys(LARGE, 1.0),
+}
+JOIN_LOOPS = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
+ADAM = "adam"
 TABLE_HEAD = f"""\
 leaves | options | ours, ms | {" | ".join(f"to {peer}" for peer in PEERS)} | \
 build ours / optax, s | bandwidth
@@ -180,6 +192,13 @@ void step(size_t leaves, size_t size, float **p, float **g, float **s, float **m
         bi[j] = momentum * bi[j] + gi[j] / (sqrtf(si[j]) + eps);
         pi[j] -= rate * bi[j];
       }
+    } else if (b) {
+      #pragma omp parallel for simd if (size > 10000)
+      for (size_t j = 0; j < size; j++) {
+        si[j] = decay * si[j] + a * gi[j] * gi[j];
+        bi[j] = momentum * bi[j] + gi[j] / (sqrtf(si[j]) + eps);
+        pi[j] -= rate * bi[j];
+      }
     } else {
       #pragma omp parallel for simd if (size > 10000)
       for (size_t j = 0; j < size; j++) {
@@ -258,12 +277,14 @@ def random_numbers(count, shape):
     return params, [g, [-x for x in g], h]
 
 
-def builders(count, size, options):
+def builders(count, size, options, wrap):
     """A function for each competitor that builds it anew, on the same numbers."""
     params, gradient_sets = random_numbers(count, size)
     in_jax = params, jax.tree.map(jnp.array, gradient_sets)
-    ours = optax_rmsprop.rmsprop(*HYPERPARAMETERS, **options)
-    theirs = in_optax(options)
+    is_adam = options == ADAM
+    theirs = optax.adam(HYPERPARAMETERS[0]) if is_adam else in_optax(options)
+    ours = theirs if is_adam else optax_rmsprop.rmsprop(*HYPERPARAMETERS, **options)
+    ours = wrap(ours)
     # p + -2p reads and writes every element once, of one array of the same size.
     negation = optax.stateless(lambda g, p: [-2 * p[0]])
     whole = [np.ones(count * size, np.float32)], [()] * 3
@@ -272,6 +293,8 @@ def builders(count, size, options):
         "optax": lambda: JaxSteps(theirs, *in_jax),
         "copy": lambda: JaxSteps(negation, *whole),
     }
+    if is_adam:
+        return build
     if device := torch_device():
         move = functools.partial(torch.tensor, device=device)
         in_torch = options, params, jax.tree.map(move, gradient_sets), device
@@ -399,15 +422,15 @@ def table_line(name, row):
     return " | ".join([*cells, f"{copies / ratios['copy']['mean']:.2f}"])
 
 
-def over_limits(name, row):
-    for peer, limits in LIMITS.items():
-        ratio = row["summary"]["ratio_to"][peer]["mean"]
+def over_limits(name, row, limits_of):
+    for peer, limits in limits_of.items():
+        ratio = row["summary"]["ratio_to"].get(peer, {"mean": 0})["mean"]
         limit = limits.get(name.split()[0])
         if limit and ratio > limit:
             yield f"{name}: {ratio:.3f} of {peer}, over {limit}"
 
 
-def parse_arguments(backend):
+def parse_arguments(backend, joins_loops):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -417,10 +440,13 @@ def parse_arguments(backend):
     names = f"{', '.join(LEAVES)} and {', '.join(OPTIONS)}"
     help_ = f"only rows with one of these in their name, which is made of {names}"
     add("--rows", nargs="+", default=[""], metavar="PART", help=help_)
-    path = pathlib.Path(__file__).parent / "results" / f"step-{backend}.json"
-    help_ = "JSON file for every time (results/step-BACKEND.json beside this script)"
+    add("--single-pass", action="store_true", help="join loops, on a CPU only")
+    kind = "single_pass" if joins_loops else backend
+    path = pathlib.Path(__file__).parent / "results" / f"step-{kind}.json"
+    help_ = "JSON file for every time (results/step-KIND.json beside this script)"
     add("--output", type=pathlib.Path, default=path, help=help_)
-    help_ = f"exit 1 if, on CPU, a ratio is over its limit: {LIMITS}"
+    limits = SINGLE_PASS_LIMITS if joins_loops else LIMITS
+    help_ = f"exit 1 if, on CPU, a ratio is over its limit: {limits}"
     add("--check", action="store_true", help=help_)
     args = parser.parse_args()
     if args.check and (args.quick or torch is None or backend != "cpu"):
@@ -428,8 +454,9 @@ def parse_arguments(backend):
     args.rounds = args.rounds or (2 if args.quick else 10)
     args.reps = args.reps or (3 if args.quick else 15)
     leaves = QUICK_LEAVES if args.quick else LEAVES
+    options = OPTIONS | ({ADAM: ADAM} if joins_loops else {})
     rows = {
-        f"{s} {kind}": (*leaves[s], OPTIONS[kind]) for s in leaves for kind in OPTIONS
+        f"{s} {kind}": (*leaves[s], options[kind]) for s in leaves for kind in options
     }
     args.rows = {n: row for n, row in rows.items() if any(x in n for x in args.rows)}
     if not args.rows:
@@ -438,8 +465,14 @@ def parse_arguments(backend):
 
 
 def main():
+    joins_loops = "--single-pass" in sys.argv
+    if joins_loops:  # before JAX's first program
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {JOIN_LOOPS}"
     backend = jax.default_backend()
-    args = parse_arguments(backend)
+    args = parse_arguments(backend, joins_loops)
+    wrap, limits = (
+        (single_pass, SINGLE_PASS_LIMITS) if joins_loops else (lambda tx: tx, LIMITS)
+    )
     # Programs are compiled, not found on disk, so that the compile times are true.
     jax.config.update("jax_enable_compilation_cache", False)
     # A training loop does not wait for each step; on a GPU the wait would be timed.
@@ -454,16 +487,18 @@ def main():
     args.output.parent.mkdir(parents=True, exist_ok=True)
     failures = []
     for name, (count, size, options) in args.rows.items():
-        build = builders(count, size, options)
+        build = builders(count, size, options, wrap)
         rounds = measure(build, args.rounds, args.reps, steps)
-        slots = 1 + options["centered"] + bool(options["momentum"])
+        slots = 2
+        if options != ADAM:
+            slots = 1 + options["centered"] + bool(options["momentum"])
         row = report["rows"][name] = {
             "bytes_per_parameter": 4 * (2 * (1 + slots) + 1),  # g is only read
             "summary": summarize(rounds),
             "rounds": rounds,
         }
         print(table_line(name, row), flush=True)
-        failures += over_limits(name, row) if args.check else []
+        failures += over_limits(name, row, limits) if args.check else []
         # After every row, so that a run cut short leaves its rows.
         args.output.write_text(json.dumps(report) + "\n")
     print(f"All times are in {args.output}", *failures, sep="\n")

@@ -172,9 +172,10 @@ def rmsprop(
     decay_weights = functools.partial(
         _decay_weights, mask=mask, accumulator_dtype=accumulator_dtype
     )
+    negate = optax.stateless_with_tree_map(lambda update, _: -update)
     parts = []
     if maximize:
-        parts.append(optax.scale(-1.0))
+        parts.append(negate)
     if decays and not decoupled_weight_decay:
         parts.append(decay_weights(weight_decay))
     parts.append(rescale)
@@ -188,7 +189,7 @@ def rmsprop(
         rate = product(weight_decay, learning_rate) if lr_in_momentum else weight_decay
         parts.append(decay_weights(rate))
     if lr_in_momentum:
-        parts.append(optax.scale(-1.0))
+        parts.append(negate)
     else:
         parts.append(optax.scale_by_learning_rate(learning_rate))
     tx = checked(optax.chain(*parts), needs_params="weight_decay" if decays else None)

@@ -31,6 +31,7 @@ def register(name, head, line, *, record=None, part="rows"):
 
 
 register("step-cpu", step.TABLE_HEAD, step.table_line)
+register("step-single_pass", step.TABLE_HEAD, step.table_line)
 register("step-gpu", step.TABLE_HEAD, step.table_line)
 register("step-tpu", tpu.TABLE_HEAD, tpu.table_line)
 register("carry", carry.TABLE_HEAD, carry.table_line)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import optax_rmsprop
-from optax_rmsprop import carry
+from optax_rmsprop import carry, wrappers
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], key=str)
@@ -90,6 +90,7 @@ PUBLIC = [
     carry.port_of,
     carry.schedule_of,
     carry.to_nnx,
+    wrappers.single_pass,
 ]
 
 

@@ -1,0 +1,240 @@
+"""`single_pass` where XLA joins loops; `test_single_pass.py` runs this with the flag.
+
+A loop is counted if it writes a whole array; the counters of a state have their own.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from helpers import BRANCHING, WRAPPERS, make_mesh, stepper
+from optax_rmsprop import dialects, rmsprop
+from optax_rmsprop.wrappers import compress_state, joins_loops, single_pass
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+SHAPE = (512, 512)
+everything = functools.partial(rmsprop, centered=True, momentum=0.9, weight_decay=1e-2)
+CASES = {
+    "plain": lambda: rmsprop(1e-2),
+    "centered": lambda: rmsprop(1e-2, centered=True),
+    "momentum": lambda: rmsprop(1e-2, momentum=0.9),
+    "nesterov": lambda: rmsprop(1e-2, momentum=0.9, nesterov=True, centered=True),
+    "coupled decay": lambda: everything(1e-2),
+    "decoupled decay": lambda: everything(1e-2, decoupled_weight_decay=True),
+    "all options": lambda: everything(
+        lambda count: 1e-2 / (1 + count),
+        nesterov=True,
+        eps_in_sqrt=True,
+        lr_in_momentum=True,
+        bias_correction=True,
+        maximize=True,
+    ),
+    "adam": lambda: optax.adam(1e-2),
+    "adamw": lambda: optax.adamw(1e-2),
+    "sgd": lambda: optax.sgd(1e-2, momentum=0.9),
+    "lion": lambda: optax.lion(1e-2),
+    **{
+        f"dialects.{name}": functools.partial(getattr(dialects, name), 1e-2)
+        for name in dialects.__all__
+    },
+    **{
+        name: functools.partial(wrap, lambda: rmsprop(1e-2, momentum=0.9))
+        for name, wrap in WRAPPERS.items()
+        if name not in BRANCHING
+    },
+}
+
+
+def trees(shape=SHAPE, steps=3, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    tree = lambda: {"w": jnp.asarray(rng.normal(size=shape), dtype)}  # noqa: E731
+    return tree(), [tree() for _ in range(steps)]
+
+
+def compiled(tx, params, grads):
+    step = jax.jit(stepper(tx), donate_argnums=(0, 1))
+    return step.lower(params, tx.init(params), grads).compile()
+
+
+def loops_of(program, shape=SHAPE):
+    """The number of loops that write an array of a shape, and the number of copies."""
+    text = program.as_text()
+    entry = text[text.index("ENTRY") :]
+    size = f"[{','.join(map(str, shape))}]"
+    results = re.findall(r"= (.*?) (fusion|copy|reduce|call)\(", entry)
+    kinds = [kind for result, kind in results if size in result]
+    return len(kinds) - kinds.count("copy"), kinds.count("copy")
+
+
+def last(tx, params, gradients):
+    """Parameters and state after the last step, with donated buffers."""
+    step = jax.jit(stepper(tx), donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.copy, params)
+    state = jax.jit(tx.init)(params)
+    for g in gradients:
+        params, state = step(params, state, g)
+    return params, state
+
+
+def assert_same_bits(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_xla_joins_loops():
+    assert joins_loops()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_loop_with_the_same_bits(name):
+    tx = CASES[name]()
+    params, gradients = trees()
+    program = compiled(single_pass(tx), params, gradients[0])
+    assert loops_of(program) == (1, 0)
+    assert program.memory_analysis().temp_size_in_bytes < 2**10
+    assert_same_bits(
+        last(single_pass(tx), params, gradients), last(tx, params, gradients)
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_loops_that_write_another_dtype_are_not_joined(dtype):
+    tx = rmsprop(1e-2, centered=True, momentum=0.9)
+    params, gradients = trees(dtype=dtype)
+    assert loops_of(compiled(tx, params, gradients[0])) == (4, 0)
+    assert loops_of(compiled(single_pass(tx), params, gradients[0])) == (2, 0)
+    assert_same_bits(
+        last(single_pass(tx), params, gradients), last(tx, params, gradients)
+    )
+
+
+def test_slots_of_two_dtypes_are_as_in_tx():
+    tx = optax.adam(1e-2, mu_dtype=jnp.bfloat16)
+    params, gradients = trees()
+    programs = [compiled(t, params, gradients[0]) for t in (tx, single_pass(tx))]
+    assert loops_of(programs[0]) == loops_of(programs[1])
+
+
+def test_complex_parameters():
+    tx = rmsprop(1e-2, momentum=0.9)
+    params, gradients = trees(dtype=jnp.complex64)
+    assert loops_of(compiled(single_pass(tx), params, gradients[0])) == (1, 0)
+    assert_same_bits(
+        last(single_pass(tx), params, gradients), last(tx, params, gradients)
+    )
+
+
+def test_the_program_for_small_leaves_is_that_of_tx():
+    tx = rmsprop(1e-2, momentum=0.9)
+    params, gradients = trees((64, 64))
+    step = lambda tx: jax.make_jaxpr(tx.update)(gradients[0], tx.init(params), params)  # noqa: E731
+    assert str(step(single_pass(tx))) == str(step(tx))
+    # Beside a large one, small ones are computed once.
+    both = {"small": params["w"], "large": trees()[0]["w"]}
+    program = compiled(single_pass(tx), both, both)
+    assert loops_of(program) == (1, 0)
+    assert loops_of(program, (64, 64)) == loops_of(
+        compiled(tx, params, params), (64, 64)
+    )
+
+
+def test_one_loop_in_a_scan():
+    tx = rmsprop(1e-2, centered=True, momentum=0.9)
+    params, gradients = trees()
+    stacked = jax.tree.map(lambda *g: jnp.stack(g), *gradients)
+
+    def run(tx, params, stacked):
+        body = lambda carry, g: (stepper(tx)(*carry, g), None)  # noqa: E731
+        return jax.lax.scan(body, (params, tx.init(params)), stacked)[0]
+
+    plain, ours = (
+        jax.jit(functools.partial(run, t)).lower(params, stacked).compile()
+        for t in (tx, single_pass(tx))
+    )
+    joined = "(f32[512,512]{1,0}, f32[512,512]{1,0}, f32[512,512]{1,0}, f32[512,512]"
+    assert len(re.findall(rf"= {re.escape(joined)}.* fusion\(", ours.as_text())) == 1
+    assert_same_bits(ours(params, stacked), plain(params, stacked))
+
+
+def test_vmap_over_learning_rates():
+    params, gradients = trees()
+
+    def step(wrap, rate):
+        tx = wrap(rmsprop(rate, momentum=0.9))
+        return stepper(tx)(params, tx.init(params), gradients[0])
+
+    rates = jnp.array([1e-2, 1e-3])
+    ours, plain = (
+        jax.jit(jax.vmap(functools.partial(step, wrap)))(rates)
+        for wrap in (single_pass, lambda tx: tx)
+    )
+    assert_same_bits(ours, plain)
+
+
+def test_derivatives_through_steps():
+    params, gradients = trees()
+
+    def loss(wrap, params, rate):
+        tx = wrap(rmsprop(rate, momentum=0.9, eps=0.1))
+        state = tx.init(params)
+        for g in gradients:
+            g = jax.tree.map(jnp.multiply, g, params)
+            params, state = stepper(tx)(params, state, g)
+        return jnp.sum(params["w"] ** 2)
+
+    ours, plain = (
+        jax.jit(jax.grad(functools.partial(loss, wrap), argnums=(0, 1)))(params, 1e-2)
+        for wrap in (single_pass, lambda tx: tx)
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, ours, plain)
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data"), P()])
+def test_shards(spec):
+    tx = rmsprop(1e-2, momentum=0.9)
+    mesh = make_mesh({"data": 8}, axis_types=(jax.sharding.AxisType.Auto,))
+    params, gradients = trees((1024, 1024))
+    params, gradients = jax.device_put((params, gradients), NamedSharding(mesh, spec))
+    program = compiled(single_pass(tx), params, gradients[0])
+    sharded = NamedSharding(mesh, spec).shard_shape((1024, 1024))
+    assert loops_of(program, sharded) == (1, 0)
+    assert "all-" not in program.as_text()
+    assert_same_bits(
+        last(single_pass(tx), params, gradients), last(tx, params, gradients)
+    )
+
+
+@pytest.mark.parametrize("name", BRANCHING)
+def test_what_branches_is_wrapped_inside(name):
+    wrap = lambda make: WRAPPERS[name](make)  # noqa: E731
+    make = lambda: rmsprop(1e-2, momentum=0.9)  # noqa: E731
+    inside, plain = wrap(lambda: single_pass(make())), wrap(make)
+    params, gradients = trees()
+    program = compiled(inside, params, gradients[0])
+    slots = ", ".join(["f32[512,512]{1,0}"] * 2)
+    assert f"= ({slots}, " in program.as_text()
+    assert_same_bits(last(inside, params, gradients), last(plain, params, gradients))
+    # Around it, it changes nothing: the branches of lax.cond are not repeated.
+    outside = compiled(single_pass(plain), params, gradients[0])
+    assert loops_of(outside) == loops_of(compiled(plain, params, gradients[0]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
+def test_small_states(dtype):
+    tx = compress_state(rmsprop(1e-2, momentum=0.9), dtype)
+    params, gradients = trees()
+    ours = last(single_pass(tx), params, gradients)
+    assert_same_bits(ours, last(tx, params, gradients))
+    plain, joined = (compiled(t, params, gradients[0]) for t in (tx, single_pass(tx)))
+    fewer = loops_of(joined)[0] < loops_of(plain)[0]
+    assert fewer == (dtype == jnp.bfloat16)
+    assert fewer or loops_of(joined) == loops_of(plain)
