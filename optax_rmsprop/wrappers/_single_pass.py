@@ -30,10 +30,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
-from jax.tree_util import tree_flatten_with_path
+from jax.tree_util import keystr, tree_flatten_with_path
 
 from optax_rmsprop._errors import shown
 
@@ -76,9 +77,10 @@ def single_pass(
       elements, where JAX's default device is not a CPU, and where the pass is off. The
       latter gives a warning, once.
 
-      Loops are joined if they write the same dtype. So parameters in 16 bits have a
-      loop of their own beside that of their averages in float32. Where the state is in
-      uint8 (`compress_state`), the loops are those of `tx`.
+      Loops are joined if they have less than 20 operands and write the same dtype. So
+      very long chains keep several loops, and parameters in 16 bits have a loop of
+      their own beside that of their averages in float32. Where the state is in uint8
+      (`compress_state`), the loops are those of `tx`.
 
     Raises:
       TypeError: a `tx` that is not an optax transformation.
@@ -107,30 +109,45 @@ def single_pass(
     ) -> tuple[optax.Updates, optax.OptState]:
         arguments = updates, state, params, extra_args
         leaves, structure = jax.tree.flatten(arguments)
-        large = [i for i, leaf in enumerate(leaves) if _is_in_program(leaf)]
-        if not large or not _has_pass():
+        large = [i for i, leaf in enumerate(leaves) if _is_traced(leaf)]
+        if not large or not _has_pass() or not _is_compiled():
             return tx.update(updates, state, params, **extra_args)
+        others = dict[int, Any]()  # leaves of the results that are no arrays
+        form: Any = None
 
-        def update(arrays: list[jax.Array]) -> tuple[optax.Updates, optax.OptState]:
+        def update(arrays: list[jax.Array]) -> list[jax.Array]:
+            nonlocal form
             new = list(leaves)
             for i, array in zip(large, arrays, strict=True):
                 new[i] = array
             updates, state, params, extra_args = jax.tree.unflatten(structure, new)
-            return tx.update(updates, state, params, **extra_args)
+            results, form = jax.tree.flatten(
+                tx.update(updates, state, params, **extra_args)
+            )
+            others.update((i, x) for i, x in enumerate(results) if not _is_array(x))
+            return [x for x in results if _is_array(x)]
 
         arrays = [leaves[i] for i in large]
-        program, results = jax.make_jaxpr(update, return_shape=True)(arrays)
+        program = jax.make_jaxpr(update)(arrays)
         once, again = _in_two(program)
         outputs, values = once(arrays)
-        sources = _sources(params, results)
+
+        size = form.num_leaves
+
+        def result(arrays: list[Any]) -> Any:
+            rest = iter(arrays)
+            every = (others[i] if i in others else next(rest) for i in range(size))
+            return form.unflatten(every)
+
+        sources = _sources(params, result(program.out_avals))
         made = [outputs]
         true = jnp.array(True)
         for _ in range(max(sources, default=0)):
             true = jax.lax.optimization_barrier(true)
             own = [_where(true, array) for array in arrays]
             made.append(again(own, values))
-        new = [made[source][i] for i, source in enumerate(sources)]
-        return jax.tree.unflatten(jax.tree.structure(results), new)
+        of_arrays = [n for i, n in enumerate(sources) if i not in others]
+        return result([made[source][i] for i, source in enumerate(of_arrays)])
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
@@ -180,23 +197,30 @@ def _warn() -> None:
 
 
 def _where(true: jax.Array, array: jax.Array) -> jax.Array:
-    # Without a constant for False: XLA joins loops of less than 20 operands, and every
-    # constant is one.
     mask = jax.lax.full_like(array, true, jnp.bool)
-    return jax.lax.select(mask, array, mask.astype(array.dtype))
+    return jax.lax.select(mask, array, jax.lax.full_like(array, 0))
 
 
-def _is_in_program(leaf: Any) -> bool:
-    """Whether a leaf is a large array of a program: one that is traced."""
+def _is_compiled() -> bool:
+    """Whether a program is traced now: derivatives alone do not make one."""
+    return isinstance(jax.lax.iota(jnp.int32, 1), Tracer)
+
+
+def _is_traced(leaf: Any) -> bool:
+    """Whether a leaf is a large traced array, and no PRNG keys."""
     return (
         isinstance(leaf, Tracer)
         and _is_large(leaf)
-        and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)  # keys
+        and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     )
 
 
-def _is_large(array: Any) -> bool:
-    return array.size >= MIN_SIZE
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def _is_large(leaf: Any) -> bool:
+    return getattr(leaf, "size", 0) >= MIN_SIZE
 
 
 def _sources(params: optax.Params | None, results: Any) -> list[int]:
@@ -211,29 +235,33 @@ def _sources(params: optax.Params | None, results: Any) -> list[int]:
     computed element by element, and would come from other codes than those stored.
     """
     new_updates, state = results
-    leaves, _ = tree_flatten_with_path(new_updates)
-    shapes = {path: u.shape for path, u in leaves}
-    slots: dict[Any, list[int]] = {path: [] for path, u in leaves if _is_large(u)}
-    states, _ = tree_flatten_with_path(state)
+    leaves, states, given = (
+        tree_flatten_with_path(tree)[0] for tree in (new_updates, state, params)
+    )
+    # Texts, because a key of a user's node may have no hash.
+    shapes = {keystr(path): u.shape for path, u in leaves if _is_large(u)}
+    dtypes = {keystr(path): getattr(p, "dtype", None) for path, p in given}
+    slots: dict[str, list[int]] = {path: [] for path in shapes}
     for number, (path, leaf) in enumerate(states):
-        ends = (path[i:] for i in range(len(path) + 1))
-        owner: Any = next((end for end in ends if end in shapes), None)
-        if owner in slots and shapes[owner] == leaf.shape:
+        if not _is_large(leaf):
+            continue
+        ends = (keystr(path[i:]) for i in range(len(path) + 1))
+        owner = next((end for end in ends if end in shapes), "")
+        if shapes.get(owner) == leaf.shape:
             slots[owner].append(number)
-    given = dict(tree_flatten_with_path(params)[0])
-    of_state = [0] * len(states)
-    of_updates = dict.fromkeys(shapes, 0)
-    for path, u in leaves:
-        numbers = slots.get(path, [])
-        dtypes = {states[number][1].dtype for number in numbers}
-        written = {u.dtype, given[path].dtype if path in given else u.dtype}
-        loops = len(numbers) + (written == dtypes)
-        is_inexact = all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
-        if len(dtypes) == 1 and is_inexact and loops > 1:
+    of_updates, of_state = [0] * len(leaves), [0] * len(states)
+    for i, (path, u) in enumerate(leaves):
+        numbers = slots.get(keystr(path), [])
+        written = {states[number][1].dtype for number in numbers}
+        dtype = getattr(u, "dtype", None)
+        same = written == {dtype, dtypes.get(keystr(path), dtype)}
+        loops = len(numbers) + same
+        is_inexact = all(jnp.issubdtype(dtype, jnp.inexact) for dtype in written)
+        if len(written) == 1 and is_inexact and loops > 1:
             for source, number in enumerate(numbers, start=1):
                 of_state[number] = source
-            of_updates[path] = loops
-    return [*of_updates.values(), *of_state]
+            of_updates[i] = loops
+    return [*of_updates, *of_state]
 
 
 def _in_two(program: ClosedJaxpr) -> tuple[Callable[..., Any], Callable[..., Any]]:
