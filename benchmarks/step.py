@@ -432,7 +432,9 @@ def over_limits(name, row, limits_of):
 
 def parse_arguments(backend, joins_loops):
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--quick", action="store_true", help="small leaves, 2 rounds of 3: to try it")
     add("--rounds", type=int, help="rounds a row, even to favour no order (10)")
@@ -451,6 +453,8 @@ def parse_arguments(backend, joins_loops):
     args = parser.parse_args()
     if args.check and (args.quick or torch is None or backend != "cpu"):
         parser.error("--check needs full sizes, torch, and JAX on the CPU")
+    if args.single_pass and backend != "cpu":
+        parser.error("--single-pass needs JAX on the CPU")
     args.rounds = args.rounds or (2 if args.quick else 10)
     args.reps = args.reps or (3 if args.quick else 15)
     leaves = QUICK_LEAVES if args.quick else LEAVES

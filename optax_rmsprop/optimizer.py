@@ -172,6 +172,8 @@ def rmsprop(
     decay_weights = functools.partial(
         _decay_weights, mask=mask, accumulator_dtype=accumulator_dtype
     )
+    # Not optax.scale(-1.0): its constant is an operand of a loop, and XLA joins only
+    # loops of few operands (`single_pass`).
     negate = optax.stateless_with_tree_map(lambda update, _: -update)
     parts = []
     if maximize:

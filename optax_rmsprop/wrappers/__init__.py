@@ -6,7 +6,7 @@ number (`_small_state.py`); the 8-bit codes are in `_codes.py`.
 (`_rounding.py`). `state_shardings` finds the sharding of each array of a state on a
 mesh of devices, and `check_state_shardings` checks that a state has it
 (`_shardings.py`). `single_pass` gives a step the form in which XLA's CPU backend can
-join its loops (`_single_pass.py`).
+join its loops (`_single_pass.py`). `_transformation.py` has what they share.
 
 Nothing here depends on RMSprop: a state is taken apart by the paths, shapes and dtypes
 of its leaves.

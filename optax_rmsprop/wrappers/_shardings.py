@@ -33,6 +33,7 @@ from jax.sharding import (
 from jax.tree_util import tree_flatten_with_path
 
 from optax_rmsprop._errors import at, kind_of, other_paths, short, shown, some, trees
+from optax_rmsprop.wrappers._transformation import name_of, owner_of
 
 
 def state_shardings(
@@ -97,15 +98,11 @@ def state_shardings(
     mesh = _mesh_of(params)
     if zero1 is not None:
         _check_axis(zero1, mesh)
-    parameters = {path: (p.shape, p.sharding) for path, p in leaves}
+    parameters = {name_of(path): (p.shape, p.sharding) for path, p in leaves}
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def sharding_of(path: Any, x: jax.ShapeDtypeStruct) -> NamedSharding:
-        # The longest end of the path that is a parameter's path decides. With the
-        # parameters ['a']['w'] and ['w'], .nu['a']['w'] belongs to the former, and if
-        # the shapes differ (as Adafactor's sums by row) to none: ['w'] is not tried.
-        ends = (path[i:] for i in range(len(path) + 1))
-        owner = next((end for end in ends if end in parameters), None)
+        owner = owner_of(path, parameters)
         if owner is None:
             return replicated
         shape, sharding = parameters[owner]

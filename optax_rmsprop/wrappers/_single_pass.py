@@ -34,9 +34,9 @@ import numpy as np
 import optax
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
-from jax.tree_util import keystr, tree_flatten_with_path
+from jax.tree_util import tree_flatten_with_path
 
-from optax_rmsprop._errors import shown
+from optax_rmsprop.wrappers._transformation import checked, name_of, owner_of
 
 # In a smaller array, the repeated arithmetic costs more than the memory.
 MIN_SIZE = 2**14
@@ -94,12 +94,7 @@ def single_pass(
     References:
       xla/service/cpu/cpu_multi_output_fusion.cc, in the XLA of jaxlib 0.10.2.
     """
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            f"`tx` must be an optax.GradientTransformation, got {shown(tx)}; "
-            "for optax.MultiSteps pass its gradient_transformation()"
-        )
-    tx = optax.with_extra_args_support(tx)
+    tx = checked(tx)
 
     def update_fn(
         updates: optax.Updates,
@@ -238,23 +233,22 @@ def _sources(params: optax.Params | None, results: Any) -> list[int]:
     leaves, states, given = (
         tree_flatten_with_path(tree)[0] for tree in (new_updates, state, params)
     )
-    # Texts, because a key of a user's node may have no hash.
-    shapes = {keystr(path): u.shape for path, u in leaves if _is_large(u)}
-    dtypes = {keystr(path): getattr(p, "dtype", None) for path, p in given}
-    slots: dict[str, list[int]] = {path: [] for path in shapes}
+    shapes = {name_of(path): u.shape for path, u in leaves if _is_large(u)}
+    dtypes = {name_of(path): getattr(p, "dtype", None) for path, p in given}
+    slots: dict[Any, list[int]] = {name: [] for name in shapes}
     for number, (path, leaf) in enumerate(states):
         if not _is_large(leaf):
             continue
-        ends = (keystr(path[i:]) for i in range(len(path) + 1))
-        owner = next((end for end in ends if end in shapes), "")
-        if shapes.get(owner) == leaf.shape:
+        owner = owner_of(path, shapes)
+        if owner is not None and shapes[owner] == leaf.shape:
             slots[owner].append(number)
     of_updates, of_state = [0] * len(leaves), [0] * len(states)
     for i, (path, u) in enumerate(leaves):
-        numbers = slots.get(keystr(path), [])
+        name = name_of(path)
+        numbers = slots.get(name, [])
         written = {states[number][1].dtype for number in numbers}
         dtype = getattr(u, "dtype", None)
-        same = written == {dtype, dtypes.get(keystr(path), dtype)}
+        same = written == {dtype, dtypes.get(name, dtype)}
         loops = len(numbers) + same
         is_inexact = all(jnp.issubdtype(dtype, jnp.inexact) for dtype in written)
         if len(written) == 1 and is_inexact and loops > 1:

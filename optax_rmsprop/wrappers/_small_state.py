@@ -29,6 +29,7 @@ from optax_rmsprop._numerics import cast
 from optax_rmsprop.wrappers import _codes
 from optax_rmsprop.wrappers._codes import Format
 from optax_rmsprop.wrappers._rounding import random_axis_bits, stochastic_round
+from optax_rmsprop.wrappers._transformation import checked
 
 
 class Formats(NamedTuple):
@@ -137,15 +138,10 @@ def compress_state(
       Box, Cox, An Analysis of Transformations, 1964: the levels of uint8.
       Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861.
     """
-    if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            f"`tx` must be an optax.GradientTransformation, got {shown(tx)}; "
-            "for optax.MultiSteps pass its gradient_transformation()"
-        )
+    tx = checked(tx)
     dtype = _storage_dtype(dtype)
     seed = _errors.integer("seed", seed, high=2**32)
     min_size = _errors.integer("min_size", min_size)
-    tx = optax.with_extra_args_support(tx)
 
     def init_fn(params: optax.Params) -> CompressedState:
         inner = tx.init(params)

@@ -217,7 +217,7 @@ def test_shards(spec):
 
 @pytest.mark.parametrize("name", BRANCHING)
 def test_what_branches_is_wrapped_inside(name):
-    wrap = lambda make: WRAPPERS[name](make)  # noqa: E731
+    wrap = WRAPPERS[name]
     make = lambda: rmsprop(1e-2, momentum=0.9)  # noqa: E731
     inside, plain = wrap(lambda: single_pass(make())), wrap(make)
     params, gradients = trees()

@@ -70,7 +70,8 @@ def class_dialect(optimizer: Any, dialect: str | None) -> str:
         )
     for kind in ("pre", "post"):
         own_hooks = getattr(optimizer, f"_optimizer_step_{kind}_hooks", None)
-        if own_hooks or getattr(torch_optimizer, f"_global_optimizer_{kind}_hooks"):
+        for_all = getattr(torch_optimizer, f"_global_optimizer_{kind}_hooks", None)
+        if own_hooks or for_all:
             raise ValueError(
                 f"`optimizer` must have no step {kind} hooks, which may change "
                 "parameters and are not carried, got one, of its own or for all "
