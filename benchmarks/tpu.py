@@ -13,35 +13,16 @@ import argparse
 import itertools
 import json
 import pathlib
-import re
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import topologies
 
-from optax_rmsprop import rmsprop
+from compiled import LIMITS, OPTIONS, PEERS, SHAPE, compile_step, large, moved_bytes
 from step import environment
 
-SHAPE = (8192, 8192)
 # Bytes a second of one chip's HBM, https://cloud.google.com/tpu/docs/v5e and /v6e.
 BANDWIDTHS = {"v5e:2x2": 819e9, "v6e:2x2": 1640e9}
-OPTIONS = {
-    "plain": {},
-    "momentum": {"momentum": 0.9},
-    "centered+momentum+decay": {
-        "centered": True,
-        "momentum": 0.9,
-        "weight_decay": 1e-4,
-    },
-}
-LIMITS = {"plain": 20, "momentum": 28, "centered+momentum+decay": 36}
-PEERS = {
-    "optax": lambda **options: optax.rmsprop(0.01, **options),
-    "ours": lambda **options: rmsprop(0.01, **options),
-}
 TABLE_HEAD = """\
 compiled for | options | by | loops | bytes per parameter | scratch, KiB | \
 least time, ms
@@ -53,79 +34,10 @@ def devices(topology):
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
-def compile_step(topology, tx, shape=SHAPE):
-    """The step of one array, or of a tree of them, given by their shapes."""
-    sharding = jax.sharding.SingleDeviceSharding(devices(topology)[0])
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x, jnp.float32),
-        shape,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    args = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        (params, jax.eval_shape(tx.init, params), params),
-    )
-    return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
-
-
-ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "u8": 1, "pred": 1}
-NO_TRAFFIC = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
-
-
-def instructions(program):
-    """Name, shape, operation and operands of each instruction of the entry."""
-    entry = re.sub(r"/\*.*?\*/", "", program[program.index("ENTRY") :])
-    pattern = r"\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:, |$)"
-    for line in entry.splitlines()[1:]:
-        if found := re.match(pattern, line):
-            yield found.groups()
-
-
-def hbm_bytes(program):
-    """The bytes that the instructions of a TPU program read from and write to HBM.
-
-    XLA's own "bytes accessed" counts the copies in VMEM too, where the compiler keeps
-    an array of this size between two loops; their layouts have a memory space, S(1).
-    """
-    shapes, total = {}, 0
-    for name, shape, operation, operands in instructions(program):
-        shapes[name] = shape
-        if operation in NO_TRAFFIC or operation.endswith("-done"):
-            continue
-        if operation == "copy-start":  # its shape names the source again
-            shape = re.findall(r"\w+\[[\d,]*\]\{[^}]*\}", shape)[0]
-        read = [shapes.get(x.strip().lstrip("%"), "") for x in operands.split(",")]
-        total += sum(map(shape_bytes, [shape, *read]))
-    return total
-
-
-def shape_bytes(shape):
-    total = 0
-    for dtype, sizes, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape):
-        if dtype in ITEM_BYTES and "S(" not in layout:
-            total += ITEM_BYTES[dtype] * int(
-                np.prod([int(n or 1) for n in sizes.split(",")])
-            )
-    return total
-
-
-def large(program, operations, least=2**20):
-    """How many instructions of these kinds make arrays of so many bytes, or more."""
-    return sum(
-        operation in operations and shape_bytes(shape) >= least
-        for _, shape, operation, _ in instructions(program)
-    )
-
-
 def measure(topology, tx):
-    compiled = compile_step(topology, tx)
+    compiled = compile_step(devices(topology)[0], tx)
     program = compiled.as_text()
-    moved = hbm_bytes(program)
+    moved = moved_bytes(program)
     return {
         "loops": large(program, {"fusion"}),
         "hbm_bytes_a_parameter": moved / np.prod(SHAPE),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import carry
+import gpu
 import many_leaves
 import small_state
 import small_state_cost
@@ -33,6 +34,7 @@ def register(name, head, line, *, record=None, part="rows"):
 register("step-cpu", step.TABLE_HEAD, step.table_line)
 register("step-single_pass", step.TABLE_HEAD, step.table_line)
 register("step-gpu", step.TABLE_HEAD, step.table_line)
+register("step-gpu-compiled", gpu.TABLE_HEAD, gpu.table_line)
 register("step-tpu", tpu.TABLE_HEAD, tpu.table_line)
 register("carry", carry.TABLE_HEAD, carry.table_line)
 register(

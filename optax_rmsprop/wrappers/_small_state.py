@@ -31,6 +31,8 @@ from optax_rmsprop.wrappers._codes import Format
 from optax_rmsprop.wrappers._rounding import random_axis_bits, stochastic_round
 from optax_rmsprop.wrappers._transformation import checked
 
+GOLDEN_RATIO = 0x9E3779B9  # of its digits: any number would do that nobody takes
+
 
 class Formats(NamedTuple):
     """How the arrays of a `CompressedState` are encoded, now and at the next update.
@@ -317,9 +319,7 @@ def _compress(
 ) -> CompressedState:
     """Compress an inner state: to codes in this format, or without one to bfloat16."""
     arrays = [x for _, x in _compressed_arrays(inner, dtypes)]
-    key = jax.random.key(np.uint32(seed), impl="threefry2x32")
-    key = jax.random.fold_in(key, count)
-    axis_bits = random_axis_bits(key, [x.shape for x in arrays])
+    axis_bits = random_axis_bits(_key(seed, count), [x.shape for x in arrays])
     if format is None:
         pairs = zip(arrays, axis_bits, strict=True)
         new = [stochastic_round(x, jnp.bfloat16, bits) for x, bits in pairs]
@@ -329,6 +329,15 @@ def _compress(
     following = _codes.next_format(format, jnp.stack(lowest), jnp.stack(highest))
     inner = _replaced(inner, dtypes, codes)
     return CompressedState(count, inner, Formats(format, following), dtypes)
+
+
+def _key(seed: int, count: jax.Array) -> jax.Array:
+    """Return the key of a step, which is none of those that jax.random.key(n) makes.
+
+    Those are (0, n). `jax.random.fold_in` would give one too, but takes two draws.
+    """
+    both = jnp.stack([jnp.uint32(seed ^ GOLDEN_RATIO), count.astype(jnp.uint32)])
+    return jax.random.wrap_key_data(both, impl="threefry2x32")
 
 
 def _decompress(state: CompressedState) -> optax.OptState:

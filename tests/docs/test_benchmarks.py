@@ -44,22 +44,33 @@ def test_the_cost_of_small_states(tmp_path):
 
 PROGRAM = """\
 %fused (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4] parameter(0)
   ROOT %x = f32[8,4]{1,0} add(%p, %p)
 }
-ENTRY %main (p: f32[8,4], c: u8[8,4]) -> (f32[8,4], u8[8,4]) {
+
+%cut (v: f32[128]) -> f32[16] {
+  %v = f32[128] parameter(0)
+  ROOT %y = f32[16]{0} slice(%v), slice={[0:16]}
+}
+
+ENTRY %main (p: f32[8,4], c: u8[8,4], v: f32[128]) -> (f32[8,4], u8[8,4], f32[16]) {
   %p = f32[8,4]{1,0:T(8,128)} parameter(0), metadata={op_name="p"}
   %c = u8[8,4]{1,0:T(32,128)(4,1)} parameter(1)
+  %v = f32[128]{0} parameter(2)
   %s = (u8[8,4]{1,0:S(1)}, u8[8,4]{1,0}, u32[]{:S(2)}) copy-start(%c)
   %d = u8[8,4]{1,0:S(1)} copy-done(%s)
-  %f = (f32[8,4]{1,0}, u8[8,4]{1,0:S(1)}) fusion(%p, /*index=1*/%d), kind=kLoop
+  %f = (f32[8,4]{1,0}, u8[8,4]{1,0:S(1)}) fusion(%p, /*index=1*/%d), calls=%fused
   %g = f32[8,4]{1,0} get-tuple-element(%f), index=0
-  ROOT %t = (f32[8,4]{1,0}, u8[8,4]{1,0}) tuple(%g, %c)
+  %h = f32[16]{0} fusion(%v), kind=kLoop, calls=%cut
+  ROOT %t = (f32[8,4]{1,0}, u8[8,4]{1,0}, f32[16]{0}) tuple(%g, %c, %h)
 }
 """
 
 
-def test_bytes_in_hbm_leave_out_what_stays_in_vmem(monkeypatch):
+def test_bytes_of_a_program(monkeypatch):
+    """What stays in a TPU's VMEM is left out, and what a slice does not take."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    count = runpy.run_path(str(BENCHMARKS / "tpu.py"))["hbm_bytes"]
-    # c is copied to VMEM; p is read and its successor written.
-    assert count(PROGRAM) == 32 * (1 + 4 + 4)
+    compiled = runpy.run_path(str(BENCHMARKS / "compiled.py"))
+    # c is copied to VMEM, p is read and its successor written, and 16 numbers of v.
+    assert compiled["moved_bytes"](PROGRAM) == 32 * (1 + 4 + 4) + 2 * 64
+    assert compiled["large"](PROGRAM, {"fusion"}, least=200) == 1

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from optax_rmsprop.wrappers import _codes
 from optax_rmsprop.wrappers._codes import (
     NON_NEGATIVE,
     SIGNED,
@@ -344,6 +345,17 @@ def test_numbers_beyond_the_range_have_the_last_codes(kind):
     codes, lowest, highest = encode(x, to, axis_bits)
     np.testing.assert_array_equal(codes, [255, 1])
     assert (lowest, highest) == (1, 255)
+
+
+@pytest.mark.parametrize(
+    "extremes", [_codes._extremes_of_floats, _codes._extremes_in_one_reduction]
+)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5, 7)])
+def test_tpus_and_gpus_find_the_same_extremes(extremes, shape):
+    codes = np.random.default_rng(0).integers(3, 200, shape, np.uint8)
+    lowest, highest = extremes(jnp.asarray(codes))
+    assert (lowest, highest) == (codes.min(), codes.max())
+    assert lowest.dtype == highest.dtype == jnp.int32
 
 
 def test_what_one_window_missed_is_looked_for_in_the_other():

@@ -1,0 +1,192 @@
+"""The kernels that the GPU compiler makes of a step, on a machine without a GPU.
+
+A step is one update and apply of one 8192 x 8192 array, or of 1000 arrays of 1000
+numbers, with parameters and state donated. The bytes are those of the kernels' operands
+and results; over the bandwidth of the GPU's memory they are the least time that the
+step can take. The times are computed, not measured.
+
+    pip install -e ".[gpu]"
+    JAX_PLATFORMS=cpu python benchmarks/gpu.py
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import optax
+from jax.experimental import topologies
+
+from compiled import (
+    LIMITS,
+    OPTIONS,
+    PEERS,
+    SHAPE,
+    compile_step,
+    large,
+    moved_bytes,
+    traffic,
+)
+from optax_rmsprop import compress_state, rmsprop
+from step import environment
+
+
+class Gpu(NamedTuple):
+    """What the compiler has to know: NVIDIA's data sheets, and CUDA's deviceQuery."""
+
+    capability: int
+    cores: int
+    fpus_per_core: int
+    shared_memory_per_core: int
+    l2_cache: int
+    clock_ghz: float
+    memory: int
+    bandwidth: float  # bytes a second
+
+
+GPUS = {
+    "A100": Gpu(8, 108, 64, 164 * 2**10, 40 * 2**20, 1.41, 80 * 10**9, 2.039e12),
+    "H100": Gpu(9, 132, 128, 228 * 2**10, 50 * 2**20, 1.98, 80 * 10**9, 3.352e12),
+    "B200": Gpu(10, 148, 128, 228 * 2**10, 126 * 2**20, 1.965, 180 * 10**9, 7.672e12),
+}
+# A GpuTargetConfigProto, https://github.com/openxla/xla. A block may use the shared
+# memory of its core, less 1 KiB.
+DESCRIPTION = """\
+platform_name: "CUDA"
+device_description_str: "{name}"
+dnn_version_info {{ major: 9 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: {gpu.capability} }}
+  core_count: {gpu.cores}
+  fpus_per_core: {gpu.fpus_per_core}
+  shared_memory_per_core: {gpu.shared_memory_per_core}
+  shared_memory_per_block_optin: {shared_memory_per_block}
+  shared_memory_per_block: 49152
+  l2_cache_size: {gpu.l2_cache}
+  clock_rate_ghz: {gpu.clock_ghz}
+  device_memory_size: {gpu.memory}
+  memory_bandwidth: {gpu.bandwidth:.0f}
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  driver_version: "13.0.0"
+}}
+"""
+COMPETITORS = PEERS | {
+    f"ours-{dtype}": lambda dtype=dtype, **options: compress_state(
+        rmsprop(0.01, **options), dtype
+    )
+    for dtype in ("bfloat16", "uint8")
+}
+LEAVES = {
+    "1x67M": [SHAPE],
+    "40x150k": [(300, 500)] * 40,
+    "1000x1000": [(1000,)] * 1000,
+}
+TABLE_HEAD = """\
+compiled for | leaves | options | by | kernels | of them 1 MiB or more | copies | \
+bytes per parameter | scratch, KiB | least time, ms
+---|---|---|---|---|---|---|---|---|---"""
+
+
+def device(name):
+    """A GPU that need not be there."""
+    gpu = GPUS[name]
+    text = DESCRIPTION.format(
+        name=name, gpu=gpu, shared_memory_per_block=gpu.shared_memory_per_core - 2**10
+    )
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=name, target_config=text, topology="1x1x1"
+    )
+    return topology.devices[0]
+
+
+def measure(name, tx, shapes):
+    compiled = compile_step(device(name), tx, shapes)
+    program = compiled.as_text()
+    kernels = [operation for operation, _ in traffic(program)]
+    moved = moved_bytes(program)
+    return {
+        "kernels": len(kernels),
+        "large_kernels": large(program, set(kernels)),
+        "copies": kernels.count("copy"),
+        "bytes_a_parameter": moved / sum(int(np.prod(x)) for x in shapes),
+        "scratch_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "least_s": moved / GPUS[name].bandwidth,
+    }
+
+
+def rows():
+    """GPU, leaves, options and transformation of each row."""
+    for gpu, kind, peer in itertools.product(GPUS, OPTIONS, COMPETITORS):
+        if peer != "optax" or "weight_decay" not in OPTIONS[kind]:  # it has none
+            yield gpu, "1x67M", kind, peer, COMPETITORS[peer](**OPTIONS[kind])
+    for kind, peer in itertools.product(["plain", "momentum"], COMPETITORS):
+        yield "H100", "40x150k", kind, peer, COMPETITORS[peer](**OPTIONS[kind])
+    many = {
+        "optax": PEERS["optax"](),
+        "ours": PEERS["ours"](),
+        "ours-in-one-vector": optax.flatten(PEERS["ours"]()),
+    }
+    for peer, tx in many.items():
+        yield "H100", "1000x1000", "plain", peer, tx
+
+
+def table_line(name, row):
+    return (
+        f"{' | '.join(name.split())} | {row['kernels']} | {row['large_kernels']} | "
+        f"{row['copies']} | {row['bytes_a_parameter']:.1f} | "
+        f"{row['scratch_bytes'] / 2**10:.0f} | {1e3 * row['least_s']:.3f}"
+    )
+
+
+def over_limits(rows):
+    """Ours: a kernel for each array and one for the count, the least bytes, no copy."""
+    for name, row in rows.items():
+        _, leaves, options, peer = name.split()
+        if peer == "ours":
+            kernels = len(LEAVES[leaves]) + 1
+            over = round(row["bytes_a_parameter"], 2) > LIMITS[options]
+            if over or row["kernels"] > kernels or row["copies"]:
+                yield (
+                    f"{name}: over {kernels} kernels or {LIMITS[options]} bytes, or "
+                    f"copies: {row}"
+                )
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    check = "exit 1 if a figure is over its limit"
+    parser.add_argument("--check", action="store_true", help=check)
+    default = pathlib.Path(__file__).parent / "results" / "step-gpu-compiled.json"
+    parser.add_argument("--output", type=pathlib.Path, default=default)
+    args = parser.parse_args()
+    report = {**environment(), "rows": {}}
+    print(TABLE_HEAD)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for gpu, leaves, kind, peer, tx in rows():
+        name = f"{gpu} {leaves} {kind} {peer}"
+        report["rows"][name] = measure(gpu, tx, LEAVES[leaves])
+        print(table_line(name, report["rows"][name]), flush=True)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    failures = list(over_limits(report["rows"])) if args.check else []
+    print(f"All figures are in {args.output}", *failures, sep="\n")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
