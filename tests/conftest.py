@@ -1,4 +1,5 @@
 import collections
+import gc
 
 import jax
 import pytest
@@ -6,6 +7,14 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # of which all but shardings use the first
+jax.config.update("jax_traceback_in_locations_limit", 0)  # no stack for each operation
+
+
+def pytest_collection_finish():
+    """Let the garbage collector leave out what was imported, and come less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000)
 
 
 # The extras that bring what a test may miss.
