@@ -128,8 +128,9 @@ def over_limits(rows):
 def times(args):
     """Names and measurements of the rows on the device of JAX."""
     sizes = QUICK_LEAVES if args.quick else LEAVES
+    kinds = ["momentum"] if args.quick else OPTIONS
     loops = STEPS_A_CALL[:1] if args.quick else STEPS_A_CALL
-    for leaves, kind, loop in itertools.product(sizes, OPTIONS, loops):
+    for leaves, kind, loop in itertools.product(sizes, kinds, loops):
         options = OPTIONS[kind], loop, args.rounds, args.reps
         yield f"{leaves} {kind} {loop}", measure(*sizes[leaves], *options)
 
@@ -146,7 +147,11 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--quick", action="store_true", help="small arrays, one step a call: to try it")
+    add(
+        "--quick",
+        action="store_true",
+        help="small arrays, momentum, one step a call: a trial",
+    )
     add("--tpu", action="store_true", help=f"compile for {', '.join(tpu.BANDWIDTHS)}")
     add("--rounds", type=int, default=2, help="rounds a row, even (2)")
     add("--reps", type=int, default=3, help="turns a round (3)")

@@ -88,7 +88,7 @@ def name_of(options):
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
-    "options", slow_but(covering(OPTIONS)[:3], covering(OPTIONS, 3), name_of)
+    "options", slow_but(covering(OPTIONS)[:3], covering(OPTIONS), name_of)
 )
 def test_optax_rmsprop_goes_on(options):
     args = {"eps": EPS, **options}

@@ -122,9 +122,8 @@ def test_linen_train_state(options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "uint8"])
-def test_small_states_in_nnx_and_linen(dtype):
-    tx = compress_state(rmsprop(momentum=0.9), dtype, min_size=8)
+def test_small_states_in_nnx_and_linen():
+    tx = compress_state(rmsprop(momentum=0.9), "uint8", min_size=8)
     model = NnxModel()
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     linen_model = LinenModel()
@@ -151,8 +150,8 @@ def test_small_states_in_nnx_and_linen(dtype):
     assert squared_error(model(X)) < 0.8 * before[0]
     assert squared_error(state.apply_fn(state.params, X)) < 0.8 * before[1]
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)}
-    assert jnp.dtype(dtype) in dtypes
+    assert jnp.dtype("uint8") in dtypes
     nu = optax.tree.get(decompress_state(state.opt_state), "nu")
     chex.assert_trees_all_equal_shapes_and_dtypes(nu, state.params)
     in_nnx = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(optimizer))}
-    assert jnp.dtype(dtype) in in_nnx
+    assert jnp.dtype("uint8") in in_nnx

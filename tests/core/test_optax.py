@@ -452,16 +452,12 @@ def matrices(tree):
 
 PICKLED = {
     "rmsprop": rmsprop(**OPTIONS),
-    "centered": rmsprop(centered=True, bias_correction=True, **OPTIONS),
-    "mask": rmsprop(weight_decay_mask=matrices, **OPTIONS),
     "mask in a Partial": rmsprop(
         weight_decay_mask=jax.tree_util.Partial(matrices), **OPTIONS
     ),
     "schedule": rmsprop(optax.linear_schedule(0.1, 0.0, 9), lr_in_momentum=True),
     "dialects.keras": dialects.keras(0.1, weight_decay=0.1),
     "compress_state": compress_state(rmsprop(), "uint8", min_size=1),
-    "chain": optax.chain(optax.clip_by_global_norm(1.0), rmsprop()),
-    "masked": optax.masked(rmsprop(), matrices),
     "partition": optax.partition({"a": rmsprop()}, lambda tree: "a"),
     "inject": optax.inject_hyperparams(rmsprop)(**OPTIONS),
     "apply_if_finite": optax.apply_if_finite(rmsprop(), 3),

@@ -31,7 +31,6 @@ MODULES = {
     "optax._src.transform_test": (["_rmsprop", "_stddev"], 2),
     "optax._src.float64_test": (["_rmsprop", "_by_rms", "_by_stddev"], 3),
     "optax._src.sharding_test": (["_rmsprop"], 3),
-    "optax.contrib._common_test": (["opt_name='rmsprop'"], 22),
 }
 PATCHED = {
     "optax": ("rmsprop", "scale_by_rms", "scale_by_stddev"),

@@ -20,8 +20,17 @@ MODULES = [
 ]
 
 
+def needs_torch(text):
+    return re.search(r"^[ >]*import .*\btorch\b", text, re.M)
+
+
+def name_of(name, text):
+    """So that `-k torch` finds it."""
+    return f"{name}, with torch" if needs_torch(text) else str(name)
+
+
 def skip_without_torch(text):
-    if re.search(r"^[ >]*import .*\btorch\b", text, re.M):
+    if needs_torch(text):
         pytest.importorskip("torch")
 
 
@@ -40,7 +49,8 @@ SLOW = {"carry", "choosing", "faq", "low_precision", "never_nan", "quick_start"}
 def with_blocks():
     for page in ENGLISH:
         marks = [pytest.mark.slow] * (page.stem in SLOW)
-        yield pytest.param(page, marks=marks, id=str(page.relative_to(ROOT)))
+        name = name_of(page.relative_to(ROOT), page.read_text())
+        yield pytest.param(page, marks=marks, id=name)
 
 
 @pytest.mark.parametrize("page", list(with_blocks()))
@@ -61,7 +71,11 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module",
+    MODULES,
+    ids=lambda module: name_of(module.__name__, inspect.getsource(module)),
+)
 def test_docstring_examples(module):
     skip_without_torch(inspect.getsource(module))
     result = doctest.testmod(module)

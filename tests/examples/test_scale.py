@@ -67,9 +67,9 @@ def train(preemptible, monkeypatch, tmp_path, capsys):
     """Run to some step, in a folder, and return the last line."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # that of pytest stays
 
-    def train(folder, steps):
+    def train(folder, steps, save_every=2):
         folder = f"--checkpoints={tmp_path / folder}"
-        preemptible.main([folder, "--save-every=2", f"--steps={steps}"])
+        preemptible.main([folder, f"--save-every={save_every}", f"--steps={steps}"])
         return capsys.readouterr().out.splitlines()[-1]
 
     return train
@@ -107,15 +107,16 @@ def test_a_run_that_is_stopped_has_a_checkpoint_of_its_last_step(
     assert train("stopped", 5) == train("whole", 5)
 
 
-LONG = ["preemptible.py", "--steps=80", "--save-every=5"]
+STEPS, SAVE_EVERY = 60, 5
 
 
 @pytest.mark.slow
-def test_killed_at_random_points_it_ends_with_the_same_bits(tmp_path):
+def test_killed_at_random_points_it_ends_with_the_same_bits(tmp_path, train):
     rng, firsts = random.Random(0), []
-    killed, untouched = (f"--checkpoints={tmp_path / name}" for name in "ab")
+    command = ["preemptible.py", f"--steps={STEPS}", f"--save-every={SAVE_EVERY}"]
+    command += [f"--checkpoints={tmp_path / 'killed'}"]
     for number in signal.SIGKILL, signal.SIGINT:
-        process = start(*LONG, killed)
+        process = start(*command)
         # The first line says where it starts, each further one that a checkpoint has
         # begun. The one before it is complete then, and itself is still being written.
         lines = [process.stdout.readline() for _ in range(rng.randrange(3, 6))]
@@ -129,12 +130,11 @@ def test_killed_at_random_points_it_ends_with_the_same_bits(tmp_path):
         else:
             assert process.returncode == -signal.SIGKILL
     assert 0 == firsts[0] < firsts[1]  # it did go on
-    ends = [run(*LONG, folder) for folder in (killed, untouched)]
-    assert int(ends[0][0].split()[-1]) > firsts[1]  # the second one went on, too
-    assert ends[1][0] == "starting at step 0"
-    assert re.fullmatch(r"step 80: held-out .* parameters \w{16}", ends[0][-1])
-    assert ends[0][-1] == ends[1][-1]
-    assert not list((tmp_path / "a").glob("*tmp*"))
+    start_line, *_, last_line = run(*command)
+    assert int(start_line.split()[-1]) > firsts[1]  # the second one went on, too
+    assert re.fullmatch(rf"step {STEPS}: held-out .* parameters \w{{16}}", last_line)
+    assert last_line == train("untouched", STEPS, SAVE_EVERY)
+    assert not list((tmp_path / "killed").glob("*tmp*"))
 
 
 def test_each_epoch_has_its_order(preemptible):
