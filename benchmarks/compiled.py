@@ -47,6 +47,7 @@ def compile_step(device, tx, shape=SHAPE):
 
 
 ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "u8": 1, "pred": 1}
+ITEM_BYTES["token"] = 0
 NO_TRAFFIC = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 INSTRUCTION = re.compile(
     r"\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:, (.*))?$"
@@ -114,7 +115,7 @@ def moved_bytes(program):
 def shape_bytes(shape):
     total = 0
     for dtype, sizes, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape):
-        if dtype in ITEM_BYTES and "S(" not in layout:
+        if "S(" not in layout:
             total += ITEM_BYTES[dtype] * int(
                 np.prod([int(n or 1) for n in sizes.split(",")])
             )

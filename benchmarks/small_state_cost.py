@@ -150,7 +150,7 @@ def main():
     add(
         "--quick",
         action="store_true",
-        help="small arrays, momentum, one step a call: a trial",
+        help="small arrays, momentum, one step a call: a trial run",
     )
     add("--tpu", action="store_true", help=f"compile for {', '.join(tpu.BANDWIDTHS)}")
     add("--rounds", type=int, default=2, help="rounds a row, even (2)")

@@ -152,12 +152,12 @@ def _extremes_of_floats(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _extremes_in_one_reduction(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """On a GPU two reductions end with a kernel each. A CPU would not vectorize one."""
 
-    def further(one: Any, other: Any) -> tuple[jax.Array, jax.Array]:
-        return jnp.minimum(one[0], other[0]), jnp.maximum(one[1], other[1])
+    def both(a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
+        return jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])
 
     code, axes = codes.astype(jnp.int32), tuple(range(codes.ndim))
-    first = jnp.int32(LAST), jnp.int32(NAN)
-    lowest, highest = jax.lax.reduce((code, code), first, further, axes)
+    start = jnp.int32(255), jnp.int32(0)
+    lowest, highest = jax.lax.reduce((code, code), start, both, axes)
     return lowest, highest
 
 

@@ -31,7 +31,7 @@ from optax_rmsprop.wrappers._codes import Format
 from optax_rmsprop.wrappers._rounding import random_axis_bits, stochastic_round
 from optax_rmsprop.wrappers._transformation import checked
 
-GOLDEN_RATIO = 0x9E3779B9  # of its digits: any number would do that nobody takes
+GOLDEN_RATIO = 0x9E3779B9  # its first 32 bits: an arbitrary number
 
 
 class Formats(NamedTuple):
@@ -332,9 +332,10 @@ def _compress(
 
 
 def _key(seed: int, count: jax.Array) -> jax.Array:
-    """Return the key of a step, which is none of those that jax.random.key(n) makes.
+    """Return the key of a step.
 
-    Those are (0, n). `jax.random.fold_in` would give one too, but takes two draws.
+    `jax.random.key(n)` is (0, n), so seed 0 must not become 0: a user's key could have
+    the same bits as the step. `jax.random.fold_in` takes a draw more.
     """
     both = jnp.stack([jnp.uint32(seed ^ GOLDEN_RATIO), count.astype(jnp.uint32)])
     return jax.random.wrap_key_data(both, impl="threefry2x32")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from helpers import covering, run_ours
+from helpers import covering, run_ours, slow_but
 from record_golden import CASES, FILE, KEPT, STEPS, kept, record, recorded_run
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -32,8 +32,10 @@ def test_record_is_of_these_cases():
     assert described == {"steps": STEPS, "kept": KEPT, "cases": CASES}
 
 
-# The others are compared with torch itself, in test_torch_parity.py.
-@pytest.mark.parametrize("case", [CASES.index(case) for case in covering(CASES)])
+QUICK = [CASES.index(case) for case in covering(CASES)]
+
+
+@pytest.mark.parametrize("case", slow_but(QUICK, range(len(CASES))))
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_equals_recorded_torch(dtype, case):
     ours = run_ours(*recorded_run(GOLDEN, dtype), dtype, **CASES[case])

@@ -351,8 +351,9 @@ def test_numbers_beyond_the_range_have_the_last_codes(kind):
     "extremes", [_codes._extremes_of_floats, _codes._extremes_in_one_reduction]
 )
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5, 7)])
-def test_tpus_and_gpus_find_the_same_extremes(extremes, shape):
-    codes = np.random.default_rng(0).integers(3, 200, shape, np.uint8)
+@pytest.mark.parametrize("span", [(0, 1), (3, 200), (255, 256)])
+def test_tpus_and_gpus_find_the_same_extremes(extremes, shape, span):
+    codes = np.random.default_rng(0).integers(*span, shape, np.uint8)
     lowest, highest = extremes(jnp.asarray(codes))
     assert (lowest, highest) == (int(codes.min()), int(codes.max()))
     assert lowest.dtype == highest.dtype == jnp.int32

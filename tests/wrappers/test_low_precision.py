@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import make_mesh, slow_but, stepper
+from helpers import WRAPPERS, make_mesh, slow_but, stepper
 from optax_rmsprop import (
     CompressedState,
     compress_state,
@@ -82,7 +82,7 @@ def matrices(params):
 
 
 R = functools.partial(rmsprop, 0.01, 0.9)
-# `tests/core/test_wrapped.py` tries the wrappers of optax.
+# In `tests/core/test_wrapped.py` further wrappers are around `compress_state`.
 TRANSFORMS = {
     "plain": R(),
     "centered": R(eps=1e-2, centered=True),
@@ -96,6 +96,10 @@ TRANSFORMS = {
         maximize=True,
         bias_correction=True,
     ),
+    **{
+        name: WRAPPERS[name](functools.partial(R, momentum=0.9))
+        for name in ("inject_hyperparams", "apply_if_finite")
+    },
     "half masked": optax.masked(R(momentum=0.9), matrices),
     "two groups": optax.partition({"a": R(), "b": optax.sgd(0.1)}, halves),
     "optax.adamw": optax.adamw(0.01, b2=0.99),
