@@ -1,5 +1,9 @@
-"""A step compiled for a device that this machine lacks, and the bytes that it moves."""
+"""What the benchmarks share that compile for a device which this machine lacks."""
 
+import argparse
+import itertools
+import json
+import pathlib
 import re
 
 import jax
@@ -8,6 +12,7 @@ import numpy as np
 import optax
 
 from optax_rmsprop import rmsprop
+from step import environment
 
 SHAPE = (8192, 8192)
 OPTIONS = {
@@ -24,6 +29,38 @@ PEERS = {
     "optax": lambda **options: optax.rmsprop(0.01, **options),
     "ours": lambda **options: rmsprop(0.01, **options),
 }
+
+
+def rows_of_one_array(devices, peers):
+    """Device, options, peer and transformation; optax has no weight decay."""
+    for device, kind, peer in itertools.product(devices, OPTIONS, peers):
+        if peer != "optax" or "weight_decay" not in OPTIONS[kind]:
+            yield device, kind, peer, peers[peer](**OPTIONS[kind])
+
+
+def run(doc, record, table_head, rows, table_line, over_limits):
+    """The command of a benchmark: print each row, write all, and check them.
+
+    `rows` has names and figures.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    check = "exit 1 if a figure is over its limit"
+    parser.add_argument("--check", action="store_true", help=check)
+    default = pathlib.Path(__file__).parent / "results" / record
+    parser.add_argument("--output", type=pathlib.Path, default=default)
+    args = parser.parse_args()
+    report = {**environment(), "rows": {}}
+    print(table_head)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for name, row in rows:
+        report["rows"][name] = row
+        print(table_line(name, row), flush=True)
+        # After every row, so that a run cut short leaves its rows.
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    failures = list(over_limits(report["rows"])) if args.check else []
+    print(f"All figures are in {args.output}", *failures, sep="\n")
+    return bool(failures)
 
 
 def compile_step(device, tx, shape=SHAPE):
@@ -46,8 +83,10 @@ def compile_step(device, tx, shape=SHAPE):
     return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
 
 
-ITEM_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "u8": 1, "pred": 1}
-ITEM_BYTES["token"] = 0
+ITEM_BYTES = {
+    **{"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "u8": 1, "pred": 1},
+    "token": 0,
+}
 NO_TRAFFIC = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 INSTRUCTION = re.compile(
     r"\s*(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(?:, (.*))?$"
@@ -98,14 +137,9 @@ def traffic(program):
             shape = re.findall(r"\w+\[[\d,]*\]\{[^}]*\}", shape)[0]
         called = re.search(r"calls=%([\w.-]+)", attributes or "")
         parts = sliced(computations[called[1]]) if called else {}
-        yield (
-            operation,
-            shape_bytes(shape)
-            + sum(
-                parts.get(i, shape_bytes(shapes.get(x, "")))
-                for i, x in enumerate(names(operands))
-            ),
-        )
+        read = [shape_bytes(shapes.get(x, "")) for x in names(operands)]
+        read = [parts.get(i, whole) for i, whole in enumerate(read)]
+        yield operation, shape_bytes(shape) + sum(read)
 
 
 def moved_bytes(program):

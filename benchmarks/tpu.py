@@ -9,17 +9,21 @@ an optimizer's arithmetic is little). The times are computed, not measured.
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/tpu.py
 """
 
-import argparse
-import itertools
-import json
-import pathlib
 import sys
 
 import numpy as np
 from jax.experimental import topologies
 
-from compiled import LIMITS, OPTIONS, PEERS, SHAPE, compile_step, large, moved_bytes
-from step import environment
+from compiled import (
+    LIMITS,
+    PEERS,
+    SHAPE,
+    compile_step,
+    large,
+    moved_bytes,
+    rows_of_one_array,
+    run,
+)
 
 # Bytes a second of one chip's HBM, https://cloud.google.com/tpu/docs/v5e and /v6e.
 BANDWIDTHS = {"v5e:2x2": 819e9, "v6e:2x2": 1640e9}
@@ -62,30 +66,10 @@ def over_limits(rows):
             yield f"{name}: over {LIMITS[options]} bytes or 1 MiB of scratch: {row}"
 
 
-def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    check = "exit 1 if a figure is over its limit"
-    parser.add_argument("--check", action="store_true", help=check)
-    default = pathlib.Path(__file__).parent / "results" / "step-tpu.json"
-    parser.add_argument("--output", type=pathlib.Path, default=default)
-    args = parser.parse_args()
-    report = {**environment(), "shape": SHAPE, "rows": {}}
-    print(TABLE_HEAD)
-    for topology, kind, peer in itertools.product(BANDWIDTHS, OPTIONS, PEERS):
-        options = dict(OPTIONS[kind])
-        if peer == "optax" and options.pop("weight_decay", 0):
-            continue  # it has none
-        row = measure(topology, PEERS[peer](**options))
-        name = f"{topology} {kind} {peer}"
-        report["rows"][name] = row
-        print(table_line(name, row), flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
-    failures = list(over_limits(report["rows"])) if args.check else []
-    print(f"All figures are in {args.output}", *failures, sep="\n")
-    return bool(failures)
+def rows():
+    for topology, kind, peer, tx in rows_of_one_array(BANDWIDTHS, PEERS):
+        yield f"{topology} {kind} {peer}", measure(topology, tx)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(__doc__, "step-tpu.json", TABLE_HEAD, rows(), table_line, over_limits))

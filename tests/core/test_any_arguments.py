@@ -234,7 +234,7 @@ def test_any_tree(name, which):
     # compress_state's own init compiles a program for each shape.
     compiles = (name, which) == ("compress_state", "init")
 
-    @settings(repeatable, max_examples=8 if compiles else 25)
+    @settings(repeatable, max_examples=8 if compiles else repeatable.max_examples)
     @given(tree=changed(PARAMS if which == "init" else arguments[which]))
     def check(tree):
         def call():

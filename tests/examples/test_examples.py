@@ -88,8 +88,8 @@ COMMANDS = [
     path
     for folder in ("examples", "benchmarks", "docs")
     for path in sorted((ROOT / folder).glob("*.py"))
-    if re.search(r"ArgumentParser\(|parse_options\(\s*__doc__", path.read_text())
-    and path.name != "_common.py"
+    if re.search(r"ArgumentParser\(|(parse_options|run)\(\s*__doc__", path.read_text())
+    and path.name not in ("_common.py", "compiled.py")
 ]
 
 
