@@ -18,6 +18,7 @@ sys.path[1:1] = [str(DOCS / "figures"), str(DOCS.parent / "benchmarks")]
 import dialect_tables  # noqa: E402, F401
 import elsewhere  # noqa: E402, F401
 import number_tables  # noqa: E402, F401
+import port_tables  # noqa: E402, F401
 import recipe_tables  # noqa: E402, F401
 import record_tables  # noqa: E402, F401
 from generated import BLOCK, TABLES, filled  # noqa: E402
