@@ -13,6 +13,7 @@ PACKAGE = Path(optax_rmsprop.__file__).parent
 ROOMS = [
     "torch_layers",
     "carry",
+    "identify",
     "dialects",
     "diagnostics",
     "wrappers",

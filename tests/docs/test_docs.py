@@ -43,7 +43,15 @@ def blocks(page, language):
 
 
 # They train networks, or compile many programs.
-SLOW = {"carry", "choosing", "faq", "low_precision", "never_nan", "quick_start"}
+SLOW = {
+    "carry",
+    "choosing",
+    "faq",
+    "identify",
+    "low_precision",
+    "never_nan",
+    "quick_start",
+}
 
 
 def with_blocks():
@@ -54,7 +62,8 @@ def with_blocks():
 
 
 @pytest.mark.parametrize("page", list(with_blocks()))
-def test_python_blocks_run(page):
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     for code in blocks(page, "python"):
         skip_without_torch(code)
         exec(compile(code, str(page), "exec"), {})

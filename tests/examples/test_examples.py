@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 PROGRAM = "first_steps"
-NEED_TORCH = {"port_from_torch", "resume_from_torch"}
+NEED_TORCH = {"port_from_torch", "resume_from_torch", "which_rmsprop"}
 
 # Whole runs of these take half a minute to a minute. `python docs/gallery.py` makes
 # them, and puts their last lines on its page.
@@ -40,6 +40,7 @@ LAST_LINES = {
         *[(50, 52), (70, 130)] * 2,
         *[(50, 52), (130, 300)],  # rounded to nearest
     ],
+    "which_rmsprop": [(1e-7, 1e-4), (0.008, 0.008), (0.56, 0.56)],
     "sweep": [
         *[(1e-3, 1e-2), (0.9, 1), (0, 0.9), (0, 1e-2)],  # the setting
         *[(0, 0.1), (0, 0.02), (96, 100), (0, 2), (5, 5)],

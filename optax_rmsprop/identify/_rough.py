@@ -1,0 +1,199 @@
+"""Fit every form of RMSprop to a small part of a run, from many points.
+
+The fits tell which forms are worth a fit to the whole run, and where it starts. First
+each form starts from the best points of a grid. Then each starts from what the best
+forms have found, because one switch more or less changes the numbers little.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from optax_rmsprop.identify._fit import VARIABLES, H, descend
+from optax_rmsprop.identify._model import Form, Numbers, Slots, predict
+from optax_rmsprop.identify._run import Run
+
+COORDINATES = 16
+STEPS = 30
+# Decay, momentum, eps in units of the median gradient, and a weight decay that adds
+# this fraction of the median gradient.
+GRID = (0.5, 0.9, 0.99, 0.999), (0.0, 0.5, 0.9), (1e-3, 0.1, 3.0), (0.0, 1.0)
+STARTS = 3
+ITERATIONS = 12
+# The first switches of a form, which change the moments.
+MOMENTS = Form._fields.index("nesterov")
+
+# What is put around a loop over forms.
+Progress = Callable[[list[list[Form]]], Iterable[list[Form]]]
+
+
+class Rough(NamedTuple):
+    """A form with numbers that fit a part of a run."""
+
+    form: Form
+    numbers: dict[str, float]
+    free: tuple[str, ...]
+    cost: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The part of a run, with a weight for each of its steps, (T, N).
+
+    Far from the best fit, rounding is no measure: each coordinate counts alike.
+    """
+
+    run: Run
+    weight: np.ndarray
+    from_start: bool
+    rate_is_known: bool
+
+    @property
+    def moved(self) -> np.ndarray:
+        return self.run.moved * self.weight
+
+    def slots(self, form: Form) -> Slots | None:
+        return None if self.from_start else usual_slots(self.run, form)
+
+
+@np.errstate(all="ignore")  # far from the best fit anything may overflow
+def roughly(
+    run: Run,
+    forms: Iterable[Form],
+    rate_is_known: bool,
+    from_start: bool,
+    progress: Progress = iter,
+) -> list[Rough]:
+    """The fits of all forms, the best first.
+
+    A run that did not start at its first step starts with averages of its own gradients
+    here, and its first third does not count.
+    """
+    width = run.params.shape[1]
+    some = np.linspace(0, width - 1, min(width, COORDINATES)).astype(int)
+    run = run.at(np.unique(some), STEPS)
+    counts = np.arange(len(run.grads)) >= (0 if from_start else len(run.grads) // 3)
+    weight = counts[:, None] / np.sqrt(np.mean(run.moved**2, axis=0))
+    part = _Part(run, weight, from_start, rate_is_known)
+    # Forms with the same moments are fitted together.
+    by_moments = itertools.groupby(forms, lambda form: form[:MOMENTS])
+    groups = [list(group) for _, group in by_moments]
+    found: dict[Form, Rough] = {}
+    for group in progress(groups):
+        for rough in _fitted(part, group, _from_grid(part, group)):
+            found[rough.form] = rough
+    best = sorted(found.values(), key=lambda rough: rough.cost)[:STARTS]
+    for group in groups:
+        for rough in _fitted(part, group, _from_others(best, group)):
+            if rough.cost < found[rough.form].cost:
+                found[rough.form] = rough
+    return sorted(found.values(), key=lambda rough: rough.cost)
+
+
+def _from_grid(part: _Part, group: list[Form]) -> Numbers:
+    """The best points of the grid for each form, STARTS for each, of shape (P, 1)."""
+    run, first, weight = part.run, group[0], part.weight
+    initials = (0.0,) if first.bias_correction or not part.from_start else (0.0, 1.0)
+    points = np.array(list(itertools.product(*GRID, initials)))
+    decay, momentum, eps, l2, initial = (
+        np.tile(column, len(group))[:, None] for column in points.T
+    )
+    root = np.sqrt(np.median(run.grads[run.grads != 0] ** 2))
+    eps = (eps * root) ** (2 if first.eps_in_sqrt else 1)
+    l2 = l2 * root / max(np.median(np.abs(run.params)), 1e-30)
+    one = np.ones_like(decay)
+    numbers = Numbers(one, decay, eps, momentum, l2, 0 * one, initial)
+    form = _together(group, len(points))
+    steps, _ = predict(form, run, numbers, part.slots(first))
+    steps, moved = steps * weight[:, None], part.moved[:, None]
+    if not part.rate_is_known:
+        most = np.maximum(np.sum(steps**2, axis=(0, 2)), 1e-300)
+        rates = np.maximum(np.sum(steps * moved, axis=(0, 2)) / most, 1e-20)
+        numbers = numbers._replace(rate=rates[:, None])
+        steps = steps * numbers.rate
+    # What is left may be decoupled weight decay.
+    shrunk = (-run.rates[:, None] * run.params * weight)[:, None]
+    left = np.sum((moved - steps) * shrunk, axis=(0, 2)) / np.sum(shrunk**2)
+    decoupled = np.maximum(left, 0)[:, None] / numbers.rate
+    errors = np.sum(
+        (steps + numbers.rate * decoupled * shrunk - moved) ** 2, axis=(0, 2)
+    )
+    best = np.argsort(errors.reshape(len(group), -1))[:, :STARTS]
+    best = (best + len(points) * np.arange(len(group))[:, None]).ravel()
+    return Numbers(*(x[best] for x in numbers._replace(decoupled=decoupled)))
+
+
+def _from_others(best: list[Rough], group: list[Form]) -> Numbers:
+    """The numbers that other forms have found, for each form of the group."""
+    rows = [
+        [*converted(rough.form, rough.numbers, group[0]).values()] for rough in best
+    ]
+    rows += rows[:1] * (STARTS - len(rows))
+    return Numbers(*np.tile(np.array(rows), (len(group), 1)).T[:, :, None])
+
+
+def converted(form: Form, numbers: dict[str, float], other: Form) -> dict[str, float]:
+    """The numbers of a form as a start for another, where eps has another unit."""
+    power = (1 + other.eps_in_sqrt) / (1 + form.eps_in_sqrt)
+    return numbers | {"eps": numbers["eps"] ** power}
+
+
+def _fitted(part: _Part, group: list[Form], first: Numbers) -> list[Rough]:
+    """The best fit of each form, from STARTS points for each."""
+    free = free_numbers(group[0], part.rate_is_known, part.from_start)
+    if "initial" not in free:
+        first = first._replace(initial=0 * first.initial)
+    # A derivative by momentum is 0 where there is none to look ahead with.
+    first = first._replace(momentum=np.maximum(first.momentum, 0.01))
+    form = _together(group, STARTS * len(free))
+    slots = part.slots(group[0])
+
+    def slopes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The differences of each problem, (P, M), and derivatives, (P, F, M)."""
+        problems, width = x.shape
+        moved = (x[:, None] + 1j * H * np.eye(width)).reshape(-1, width).T
+        numbers = Numbers(*(np.repeat(value, width, axis=0) for value in first))
+        for name, row in zip(free, moved, strict=True):
+            numbers = numbers._replace(**{name: VARIABLES[name][0](row)[:, None]})
+        steps, _ = predict(form, part.run, numbers, slots)
+        steps = (steps * part.weight[:, None]).transpose(1, 0, 2)
+        steps = steps.reshape(problems, width, -1)
+        return steps.real[:, 0] - part.moved.ravel(), steps.imag / H
+
+    x = np.stack([VARIABLES[n][1](getattr(first, n)[:, 0]) for n in free], axis=-1)
+    low, high = np.array([VARIABLES[name][2:] for name in free]).T
+    # From where no coordinate shows eps any more, there is no way back.
+    eps = free.index("eps")
+    low[eps] = np.min(x[:, eps]) - 5
+    x, cost = descend(slopes, x, low, high, ITERATIONS)
+    found = []
+    for i, one in enumerate(group):
+        k = i * STARTS + int(np.argmin(cost[i * STARTS : (i + 1) * STARTS]))
+        numbers = {n: float(getattr(first, n)[k, 0]) for n in Numbers._fields}
+        for name, value in zip(free, x[k], strict=True):
+            numbers[name] = float(VARIABLES[name][0](value))
+        found.append(Rough(one, numbers, tuple(free), float(cost[k])))
+    return found
+
+
+def _together(forms: list[Form], each: int) -> Form:
+    """One form whose last switches are arrays, `each` variants for each form."""
+    rows = np.repeat(np.array([form[MOMENTS:] for form in forms]), each, axis=0)
+    return Form(*forms[0][:MOMENTS], *rows.T[:, :, None])
+
+
+def free_numbers(form: Form, rate_is_known: bool, from_start: bool) -> list[str]:
+    fixed = {"rate"} if rate_is_known else set()
+    if form.bias_correction or not from_start:
+        fixed.add("initial")
+    return [name for name in Numbers._fields if name not in fixed]
+
+
+def usual_slots(run: Run, form: Form) -> Slots:
+    """Averages of the recorded gradients, in place of those before the first step."""
+    mean = np.mean(run.grads, axis=0) * (-1 if form.maximize else 1)
+    square = np.var(run.grads, axis=0) + (0 if form.centered else mean**2)
+    return Slots(square[None], mean[None], np.zeros_like(mean)[None])

@@ -1,0 +1,92 @@
+"""compare says whether a transformation makes recorded numbers, and what differs."""
+
+import jax.numpy as jnp
+import optax
+import pytest
+from test_identify import gradients, recording, varying
+
+from helpers import slow_but
+from optax_rmsprop import dialects, rmsprop
+from optax_rmsprop.identify import compare
+
+G = gradients()
+RATES = varying()
+TABLE = jnp.asarray(RATES)
+
+
+def rate(step):
+    return TABLE[step]
+
+
+TORCH = recording(rmsprop(rate, 0.9, 1e-2, momentum=0.9), G)
+
+
+def test_the_same_numbers():
+    same = compare(dialects.torch(rate, 0.9, 1e-2, momentum=0.9), TORCH, G, RATES)
+    assert same.same
+    assert same.step is same.leaf is same.found is None
+    assert "The same numbers" in str(same)
+
+
+CAUSES = {
+    "eps under the root, but the recording has eps outside the root": rmsprop(
+        rate, 0.9, 1e-2, momentum=0.9, eps_in_sqrt=True
+    ),
+    "the learning rate inside the momentum buffer, but the recording has the learning "
+    "rate outside the momentum buffer": rmsprop(
+        rate, 0.9, 1e-2, momentum=0.9, lr_in_momentum=True
+    ),
+    "decay 0.99, but the recording has 0.9": rmsprop(rate, 0.99, 1e-2, momentum=0.9),
+    "initial average of squares 1, but the recording has 0": rmsprop(
+        rate, 0.9, 1e-2, momentum=0.9, initial_scale=1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("cause", slow_but([*CAUSES][:1], CAUSES))
+def test_a_single_cause(cause):
+    other = compare(CAUSES[cause], {"w": TORCH}, {"w": G}, RATES)
+    assert not other.same
+    assert other.causes == (cause,)
+    assert (
+        (other.step, other.leaf) == (0, "['w']")
+        or "order" in cause
+        or "inside" in cause
+    )
+    assert other.found[0].call.startswith("dialects.torch(learning_rate, alpha=0.9")
+    assert cause in str(other)
+
+
+@pytest.mark.slow
+def test_several_causes():
+    other = compare(dialects.keras(rate, 0.9, 0.9, 1e-2), TORCH, G, RATES)
+    assert len(other.causes) == 2
+    assert other.by_step.shape == (len(G),)
+    assert other.by_step[0] > 1e-2
+
+
+@pytest.mark.slow
+def test_a_part_that_one_leaf_does_not_get():
+    """A mask that leaves one leaf out shows in this leaf, at the first step."""
+    tx = optax.masked(rmsprop(rate, 0.9, 1e-2, momentum=0.9), {"a": True, "b": False})
+    params, grads = ({"a": x[:, :24], "b": x[:, 24:]} for x in (TORCH, G))
+    other = compare(tx, params, grads, RATES)
+    assert not other.same
+    assert (other.step, other.leaf) == (0, "['b']")
+
+
+@pytest.mark.slow
+def test_a_recording_of_another_optimizer():
+    g = G
+    other = compare(rmsprop(1e-2), recording(optax.adam(1e-2), g), g, 1e-2)
+    assert not other.same
+    assert other.causes == ()
+    assert not other.found
+    assert "Adam" in str(other)
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match="GradientTransformation"):
+        compare(rmsprop, TORCH, G)
+    with pytest.raises(ValueError, match="T \\+ 1"):
+        compare(rmsprop(1e-2), TORCH[1:], G)

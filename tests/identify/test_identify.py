@@ -1,0 +1,357 @@
+"""identify finds the implementation and its settings, or says that there is none."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from helpers import slow_but
+from optax_rmsprop import dialects, rmsprop
+from optax_rmsprop.identify import identify
+from peers.record import KEPT, problem
+
+RECORDED = Path(__file__).parents[1] / "peers" / "recorded"
+STEPS, WIDTH = 40, 48
+
+
+def gradients(steps=STEPS, width=WIDTH, seed=0):
+    """Noise around a mean, of sizes from 1e-3 to 1 by coordinate."""
+    rng = np.random.default_rng(seed)
+    sizes = 10 ** rng.uniform(-3, 0, width)
+    return (sizes * (rng.normal(size=(steps, width)) + rng.normal(size=width))).astype(
+        np.float32
+    )
+
+
+def varying(steps=STEPS):
+    return np.float32(1e-2 * (1 + 0.5 * np.sin(np.arange(steps))))
+
+
+def by_reference(rates, dtype=np.float32, seed=0, **options):
+    """A recording of the NumPy reference, whose parameters are rounded to a dtype."""
+    g = gradients(len(rates), seed=seed)
+    p = np.random.default_rng(seed + 1).normal(size=WIDTH)
+    run = reference.rmsprop(
+        p, g.astype(np.float64), lambda t: float(rates[t]), **options
+    )
+    return np.stack([p, *(state[0] for state in run)]).astype(dtype), g
+
+
+def recording(tx, g, p=None, dtype=jnp.float32):
+    """The parameters before and after each update of a transformation."""
+    if p is None:
+        p = np.random.default_rng(7).normal(size=g.shape[1:])
+    p = jnp.asarray(p, dtype)
+    state, history = tx.init(p), [np.asarray(p)]
+    for gradient in jnp.asarray(g, dtype):
+        with jax.numpy_dtype_promotion("standard"):  # optax's need it
+            updates, state = tx.update(gradient, state, p)
+        p = optax.apply_updates(p, updates)
+        history.append(np.asarray(p))
+    return np.stack(history)
+
+
+def names(found):
+    return [finding.call.partition("(")[0] for finding in found]
+
+
+QUICK = {"timm"}
+
+
+def cases():
+    """A recorded run of each dialect; `benchmarks/identify.py` has all of them."""
+    for name in dialects.__all__:
+        file = RECORDED / f"{name}.json"
+        recorded = json.loads(file.read_text())["results"] if file.exists() else []
+        result = recorded[-1] if recorded else {"case": {}, "params": None}
+        marks = [pytest.mark.slow] * (name not in QUICK)
+        yield pytest.param(name, result, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "result"), list(cases()))
+def test_every_recorded_run_is_found(name, result):
+    """Between the steps that were recorded, our dialect goes on for its framework."""
+    p, g, rates = problem()
+    table = jnp.asarray(rates)
+    tx = getattr(dialects, name)(lambda step: table[step], **result["case"])
+    params = recording(tx, g, p)
+    if result["params"] is not None:
+        np.testing.assert_allclose(
+            params[1:][KEPT], np.float32(result["params"]), rtol=1e-4
+        )
+    found = identify({"w": params}, {"w": g}, rates)
+    assert f"dialects.{name}" in names(found), str(found)
+    assert found[0].error < 1e-3
+
+
+SETTINGS = st.fixed_dictionaries(
+    {
+        "decay": st.floats(0.8, 0.995),
+        "eps": st.floats(-4, -1).map(lambda x: 10**x),
+        "momentum": st.sampled_from([0.0, 0.5, 0.9]) | st.floats(0.3, 0.95),
+        "weight_decay": st.just(0.0) | st.floats(-2, -0.5).map(lambda x: 10**x),
+        "centered": st.booleans(),
+        "nesterov": st.booleans(),
+        "decoupled_weight_decay": st.booleans(),
+        "initial_scale": st.sampled_from([0.0, 1.0]),
+        "eps_in_sqrt": st.booleans(),
+        "lr_in_momentum": st.booleans(),
+        "bias_correction": st.booleans(),
+        "maximize": st.booleans(),
+    }
+)
+
+
+def told(options):
+    """The options that change numbers."""
+    options = dict(options)
+    if options["bias_correction"]:
+        options["initial_scale"] = 0.0
+    if not options["momentum"]:
+        options |= {"nesterov": False, "lr_in_momentum": False}
+    if not options["weight_decay"]:
+        options["decoupled_weight_decay"] = False
+    return options
+
+
+def found_settings(finding):
+    numbers = dict(finding.numbers)
+    l2, decoupled = numbers.pop("l2"), numbers.pop("decoupled")
+    numbers.pop("rate")
+    numbers["initial_scale"] = numbers.pop("initial")
+    return numbers | {"weight_decay": l2 + decoupled}
+
+
+def assert_found(found, options):
+    """A finding has these settings within 1 %, and makes the recorded numbers."""
+    assert found, str(found)
+    options = told(options)
+    expected = {k: options[k] for k in found_settings(found[0])}
+    matching = [
+        finding
+        for finding in found
+        if all(
+            np.isclose(value, expected[name], rtol=0.01, atol=1e-6)
+            for name, value in found_settings(finding).items()
+        )
+    ]
+    assert matching, f"{options}\n{found}\n{[f.numbers for f in found]}"
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
+@given(options=SETTINGS)
+def test_any_settings_are_found(options):
+    options = told(options)
+    params, g = by_reference(varying(), **options)
+    assert_found(identify(params, g, varying()), options)
+
+
+SETTINGS_SEEN = [
+    {"momentum": 0.9, "eps_in_sqrt": True, "lr_in_momentum": True},
+    {"bias_correction": True, "nesterov": True, "momentum": 0.8, "maximize": True},
+    {"centered": True, "weight_decay": 0.05},
+    # Fits that ended elsewhere before each form started from the others' numbers too.
+    {"decay": 0.825, "eps": 1.35e-4, "momentum": 0.9, "centered": True}
+    | {"initial_scale": 1.0, "eps_in_sqrt": True, "maximize": True},
+    # So much weight decay that the steps follow the gradients no longer.
+    {"decay": 0.81, "eps": 1e-4, "weight_decay": 0.3, "centered": True}
+    | {"bias_correction": True},
+]
+
+
+@pytest.mark.parametrize(
+    "options", slow_but(SETTINGS_SEEN[:1], SETTINGS_SEEN, name=repr)
+)
+def test_settings_are_found(options):
+    plain = {"decay": 0.95, "eps": 2e-3, "momentum": 0.0, "weight_decay": 0.0}
+    plain |= dict.fromkeys(
+        ("nesterov", "lr_in_momentum", "decoupled_weight_decay", "bias_correction"),
+        False,
+    )
+    options = plain | {"initial_scale": 0.0} | options
+    params, g = by_reference(varying(), **options)
+    found = identify(params, g, varying())
+    assert_found(found, options)
+    # The call is short: its decimals are those that were given.
+    assert len(found[0].call) < 140, found[0].call
+
+
+@pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16], [jnp.bfloat16, jnp.float16]))
+def test_parameters_of_16_bits(dtype):
+    tx = dialects.timm(1e-1, alpha=0.9, eps=1e-3, momentum=0.9)
+    g = gradients(60)
+    params = recording(tx, g, dtype=dtype)
+    found = identify(params, g.astype(dtype), 1e-1)
+    assert "dialects.timm" in names(found), str(found)
+
+
+def test_an_unknown_constant_rate_is_fitted():
+    params = recording(rmsprop(3e-3, 0.9, 1e-3), gradients())
+    found = identify(params, gradients())
+    assert found[0].call == "dialects.torch(0.003, alpha=0.9, eps=0.001)"
+
+
+@pytest.mark.slow
+def test_a_constant_rate_leaves_its_order_open():
+    params = recording(rmsprop(3e-3, 0.9, 1e-2, momentum=0.9), gradients())
+    found = identify(params, gradients(), 3e-3)
+    inside = "dialects.optax(0.003, eps=0.01, momentum=0.9, eps_in_sqrt=False)"
+    assert {found[0].call.partition("(")[0], inside} <= {*names(found), *calls(found)}
+    assert "constant" in str(found)
+
+
+def calls(found):
+    return [finding.call for finding in found]
+
+
+@pytest.mark.slow
+def test_a_geometric_rate_leaves_the_order_open():
+    """momentum * ratio inside the buffer makes the steps of momentum outside it."""
+    rates = np.float32(1e-2 * 0.95 ** np.arange(STEPS))
+    params, g = by_reference(rates, decay=0.9, eps=1e-2, momentum=0.8)
+    found = identify(params, g, rates)
+    momenta = {round(finding.numbers["momentum"], 3) for finding in found}
+    assert momenta == {0.8, 0.76}
+
+
+@pytest.mark.slow
+def test_an_invisible_eps_is_the_default():
+    g = gradients() + np.float32(3)
+    found = identify(recording(rmsprop(1e-3, 0.9), g), g, 1e-3)
+    assert "dialects.torch(0.001, alpha=0.9)" in calls(found)
+    assert "Any eps up to" in str(found)
+
+
+@pytest.mark.slow
+def test_skipped_steps_and_steps_without_gradients():
+    g = gradients()
+    g[[5, 6]] = 0
+    params = recording(rmsprop(1e-2, 0.9, 1e-3), g)
+    # A step of loss scaling whose gradients overflowed.
+    params = np.insert(params, 20, params[20], axis=0)
+    g = np.insert(g, 20, np.inf, axis=0)
+    found = identify(params, g, 1e-2)
+    assert found[0].call == "dialects.torch(0.01, alpha=0.9, eps=0.001)"
+    assert "1 step was skipped" in str(found)
+
+
+@pytest.mark.slow
+def test_a_run_that_began_before_its_recording():
+    rates = np.float32(1e-2 * (1 + 0.5 * np.sin(np.arange(100))))
+    table = jnp.asarray(rates)
+    g = gradients(100)
+    tx = dialects.keras(lambda t: table[t], 0.95, 0.9, 1e-4)
+    params = recording(tx, g)
+    found = identify(params[50:], g[50:], rates[50:])
+    assert "dialects.keras(learning_rate, rho=0.95, epsilon=0.0001, momentum=0.9)" in (
+        calls(found)
+    )
+    assert "began before" in str(found)
+
+
+@pytest.mark.slow
+def test_complex_numbers_and_trees():
+    g = gradients()
+    z = (g[:, :24] + 1j * g[:, 24:]).astype(np.complex64).reshape(STEPS, 4, 6)
+    tx = rmsprop(1e-2, 0.9, 1e-3)
+    p = {"z": jnp.ones((4, 6), jnp.complex64), "x": jnp.ones(3), "none": None}
+    state, history = tx.init(p), [p]
+    grads = {"z": jnp.asarray(z), "x": jnp.asarray(g[:, :3]), "none": None}
+    for t in range(STEPS):
+        now = {"z": grads["z"][t], "x": grads["x"][t], "none": None}
+        updates, state = tx.update(now, state, p)
+        p = optax.apply_updates(p, updates)
+        history.append(p)
+    params = jax.tree.map(lambda *x: np.stack(x), *history)
+    found = identify(params, grads, 1e-2)
+    assert found[0].call == "dialects.torch(0.01, alpha=0.9, eps=0.001)"
+
+
+OTHERS = {
+    "adam": optax.adam(1e-2),
+    "adamw": optax.adamw(1e-2),
+    "sgd": optax.sgd(1e-1, momentum=0.9),
+    "lion": optax.lion(1e-3),
+    "adagrad": optax.adagrad(1e-2),
+    "adadelta": optax.adadelta(1e-1),
+    "adabelief": optax.adabelief(1e-2),
+    "yogi": optax.yogi(1e-2),
+    "clipped": optax.chain(optax.clip_by_global_norm(2.0), rmsprop(1e-2, eps=1e-3)),
+    "clipped values": optax.chain(optax.clip(0.3), rmsprop(1e-2, eps=1e-3)),
+}
+HINTS = {
+    "adam": "Adam",
+    "adamw": "Adam",
+    "sgd": "gradient descent",
+    "lion": "Lion",
+    "clipped": "clipped to a norm of 2 ",
+    "clipped values": "clipped to values of at most 0.3 ",
+}
+
+
+@pytest.mark.parametrize("name", slow_but(["sgd"], OTHERS))
+def test_none_of_these(name):
+    g = gradients()
+    found = identify(recording(OTHERS[name], g), g, 1e-2)
+    assert not found
+    assert len(found) == 0
+    assert "none of these" in str(found)
+    assert HINTS.get(name, "differs first at step") in str(found)
+
+
+@pytest.mark.slow
+def test_gradients_of_other_steps():
+    g = gradients()
+    params = recording(rmsprop(1e-2, 0.9, 1e-3), g)
+    late = identify(params[1:], g[:-1], 1e-2)
+    assert not late
+    assert "one step after" in str(late)
+    rng = np.random.default_rng(3)
+    other = identify(params, rng.permutation(g, axis=1), 1e-2)
+    assert not other
+
+
+@pytest.mark.slow
+def test_a_rate_that_is_not_the_one_given():
+    params = recording(rmsprop(2e-2, 0.9, 1e-3), gradients())
+    found = identify(params, gradients(), 1e-2)
+    assert not found
+    assert "2 times the one that was given" in str(found)
+
+
+G = gradients()
+P = recording(rmsprop(1e-2, 0.9, 1e-3), G)
+
+
+@pytest.mark.parametrize(
+    ("params", "grads", "rate", "message"),
+    [
+        (P[:-1], G, 1e-2, "T \\+ 1"),
+        ({"a": P}, {"b": G}, 1e-2, "one structure"),
+        ({}, {}, 1e-2, "empty tree"),
+        (P[:6], G[:5], 1e-2, "at least 10 steps"),
+        (np.where(P[20] == P, np.nan, P), G, 1e-2, "`params` must be finite"),
+        (P, np.where(np.arange(STEPS)[:, None] == 9, np.nan, G), 1e-2, "at step 9"),
+        (P, 0 * G, 1e-2, "must not all be 0"),
+        (np.broadcast_to(P[0], P.shape), G, 1e-2, "clone"),
+        (P, G, [1e-2, 1e-3], "40 numbers"),
+        (P, G, -1.0, "at least 0"),
+        (P, G, np.nan, "finite"),
+    ],
+)
+def test_bad_input(params, grads, rate, message):
+    with pytest.raises(ValueError, match=message):
+        identify(params, grads, rate)
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match="arrays of floats"):
+        identify(P.astype(int), G, 1e-2)
