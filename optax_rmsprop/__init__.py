@@ -14,7 +14,7 @@ from optax_rmsprop.transforms import (
 )
 
 if TYPE_CHECKING:
-    from optax_rmsprop import carry, dialects, wrappers
+    from optax_rmsprop import carry, dialects, identify, wrappers
     from optax_rmsprop.carry import Run as TorchRun
     from optax_rmsprop.carry import (
         from_keras,
@@ -51,6 +51,7 @@ __all__ = [
     "from_optax",
     "from_torch",
     "from_torch_checkpoint",
+    "identify",
     "rmsprop",
     "scale_by_rms",
     "scale_by_stddev",
@@ -64,7 +65,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_FOLDERS = {"carry", "dialects", "wrappers"}
+_FOLDERS = {"carry", "dialects", "identify", "wrappers"}
 # Names that are imported at their first use, with their folder or module. `TorchRun` is
 # `carry.Run`.
 _LAZY = {

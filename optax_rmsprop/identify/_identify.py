@@ -135,9 +135,11 @@ class Findings(Sequence[Finding]):
         by_step.plot(usual, "o", markersize=4, label="root mean square")
         by_step.set(xlabel="step", ylabel="difference, in roundings", yscale="log")
         by_step.legend()
-        usual = np.sqrt(np.mean(self.residual**2, axis=0))
+        usual = np.maximum(np.sqrt(np.mean(self.residual**2, axis=0)), 1e-3)
         by_coordinate.plot(self.sizes, usual, "o", color="C1", markersize=4)
         by_coordinate.set(xlabel="size of a coordinate's gradients", xscale="log")
+        least, most = np.min(usual), np.max(largest)
+        by_step.set_ylim(min(0.1, least / 2), max(10.0, most * 2))
         for axes in (by_step, by_coordinate):
             axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
         nearest = f"none of these; the nearest: {self.nearest}"

@@ -106,25 +106,26 @@ def columns_of(params: Any, grads: Any) -> list[tuple[str, Any, Any, float]]:
     columns: list[tuple[str, Any, Any, float]] = []
     for (path, p), (_, g) in zip(flat_params, flat_grads, strict=True):
         p, g = np.asarray(p), np.asarray(g)
+        leaf = at(path) if path else "the array"
         for name, x in (("params", p), ("grads", g)):
             if not jnp.issubdtype(x.dtype, jnp.inexact):
                 raise TypeError(
-                    f"`{name}` must be arrays of floats, got {x.dtype} in {at(path)}; "
+                    f"`{name}` must be arrays of floats, got {x.dtype} in {leaf}; "
                     "leave out what the optimizer does not train"
                 )
         if not (p.ndim and g.ndim and p.shape == (len(g) + 1, *g.shape[1:])):
             raise ValueError(
                 "`params` must have T + 1 and `grads` T arrays of one shape on the "
-                f"first axis, got shapes {p.shape} and {g.shape} in {at(path)}; "
+                f"first axis, got shapes {p.shape} and {g.shape} in {leaf}; "
                 "record the parameters before each step and after the last"
             )
         if columns and len(g) != len(columns[0][2]):
             raise ValueError(
                 f"`grads` must have the same number of steps in each array, got "
-                f"{len(g)} in {at(path)} and {len(columns[0][2])} in {columns[0][0]}"
+                f"{len(g)} in {leaf} and {len(columns[0][2])} in {columns[0][0]}"
             )
         spacing = float(jnp.finfo(p.dtype).eps)
-        columns.append((at(path), real(p), real(g), spacing))
+        columns.append((leaf, real(p), real(g), spacing))
     return columns
 
 
