@@ -25,16 +25,13 @@ from optax_rmsprop.identify._search import (
 EQUALLY_FAR = 0.02
 
 
-def hint(run: Run, norms: np.ndarray, fits: list[Fit]) -> str:
-    """The first trial that explains the run, as a sentence; "" if there is none.
-
-    `norms` are those of all recorded gradients of a step.
-    """
+def hint(run: Run, fits: list[Fit]) -> str:
+    """The first trial that explains the run, as a sentence; "" if there is none."""
     sizes = np.abs(run.moved)
     spread = np.ptp(sizes, axis=1) / np.maximum(np.max(sizes, axis=1), 1e-300)
     if np.mean(spread < EQUALLY_FAR) > 0.9 and run.params.shape[1] > 2:
         return "every coordinate moves equally far: this looks like Lion or signSGD"
-    for found, text in _trials(run, norms, fits):
+    for found, text in _trials(run, fits):
         if text and found.error <= WITHIN_ROUNDING:
             return text
     agree = np.mean(np.sign(run.moved) * np.sign(run.grads))
@@ -46,7 +43,7 @@ def hint(run: Run, norms: np.ndarray, fits: list[Fit]) -> str:
     return ""
 
 
-def _trials(run: Run, norms: np.ndarray, fits: list[Fit]) -> Iterator[tuple[Fit, str]]:
+def _trials(run: Run, fits: list[Fit]) -> Iterator[tuple[Fit, str]]:
     """Fits to changes of the run, each with what it means if it is good."""
     descent = gradient_descent(run)
     if descent:
@@ -71,6 +68,7 @@ def _trials(run: Run, norms: np.ndarray, fits: list[Fit]) -> Iterator[tuple[Fit,
             params=run.params[inner],
             moved=run.moved[inner],
             grads=np.roll(run.grads, by, axis=0)[inner],
+            norms=run.norms[inner],
             rates=run.rates[inner],
             skipped=run.skipped[inner],
         )
@@ -80,13 +78,13 @@ def _trials(run: Run, norms: np.ndarray, fits: list[Fit]) -> Iterator[tuple[Fit,
         )
 
     def by_norm(limit: float) -> np.ndarray:
-        return run.grads * np.minimum(1, limit / np.maximum(norms, 1e-300))[:, None]
+        return run.grads * np.minimum(1, limit / np.maximum(run.norms, 1e-300))[:, None]
 
     def by_value(limit: float) -> np.ndarray:
         return np.clip(run.grads, -limit, limit)
 
     for clip, sizes, kind in (
-        (by_norm, norms, "to a norm of"),
+        (by_norm, run.norms, "to a norm of"),
         (by_value, np.abs(run.grads), "to values of at most"),
     ):
         limit, found = _clipped(run, fits, clip, sizes)

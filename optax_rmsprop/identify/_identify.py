@@ -167,7 +167,8 @@ def identify(params: Any, grads: Any, learning_rate: Any = None) -> Findings:
       params: a tree of arrays with T + 1 parameters on the first axis: before the first
         step, and after each of T steps, T at least 10; 30 to 60 tell most settings. All
         parameters or some: a few hundred numbers suffice. In the dtype in which the
-        optimizer has them, because the error is compared with its rounding.
+        optimizer has them, because the error is compared with its rounding. Of more
+        than 400 steps the first 400 count.
       grads: the same tree with T gradients, as the optimizer got them: after clipping
         and unscaling.
       learning_rate: the learning rate, T of them (one a step), a schedule, or None: a
@@ -273,8 +274,7 @@ def findings_of(whole: Run, explanation: Explanation) -> Findings:
                 f"The nearest differs first at step {step} (the first is 0) in "
                 f"{run.leaves[i]}, by {abs(best.residual[step, i]):.0f} roundings."
             )
-        norms = np.linalg.norm(whole.grads, axis=1)
-        likely = hint(chosen(whole), norms, fits)
+        likely = hint(chosen(whole), fits)
         if likely:
             notes.append(likely[0].upper() + likely[1:] + ".")
     if not from_start:

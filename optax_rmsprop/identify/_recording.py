@@ -7,7 +7,6 @@ Of each parameter a few coordinates are recorded, the same at every step.
 """
 
 import contextlib
-import functools
 import zipfile
 from collections.abc import Iterator
 from os import PathLike
@@ -21,7 +20,7 @@ import optax
 from jax.tree_util import keystr
 
 from optax_rmsprop._errors import integer, kind_of, shown, some
-from optax_rmsprop.identify._run import LEAST_STEPS, rates_of
+from optax_rmsprop.identify._run import LEAST_STEPS, indices, rates_of
 
 MOST_NUMBERS = 1024
 LEAST_NUMBERS = 4  # of each parameter
@@ -265,11 +264,17 @@ def _torch_group(optimizer: Any, number: int) -> dict[str, Any]:
     return {name: p for name, p in pairs if p.grad is not None}
 
 
+def _most(arrays: int) -> int:
+    """How many coordinates of each of so many arrays are recorded."""
+    return max(LEAST_NUMBERS, MOST_NUMBERS // arrays)
+
+
 def _part(array: Any, arrays: int) -> np.ndarray:
     """Some coordinates of an array of torch, TensorFlow or JAX, as a copy in NumPy."""
+    most = _most(arrays)
     if hasattr(array, "detach"):
         flat = array.detach().reshape(-1)
-        flat = flat[_indices(flat.numel(), arrays)].cpu()
+        flat = flat[indices(flat.numel(), most)].cpu()
         if str(flat.dtype) == "torch.bfloat16":
             return flat.float().numpy().astype(BFLOAT16)
         return flat.numpy()
@@ -280,16 +285,7 @@ def _part(array: Any, arrays: int) -> np.ndarray:
             f"`record` must see values, got {kind_of(array)} in a compiled step "
             f"({type(error).__name__}); give model.compile run_eagerly=True"
         ) from None
-    return flat[_indices(flat.size, arrays)]
-
-
-@functools.cache
-def _indices(size: int, arrays: int) -> np.ndarray:
-    """The coordinates of an array of this size that are recorded."""
-    most = max(LEAST_NUMBERS, MOST_NUMBERS // arrays)
-    if size <= most:
-        return np.arange(size)
-    return np.sort(np.random.default_rng(0).choice(size, most, replace=False))
+    return flat[indices(flat.size, most)]
 
 
 class RecordedState(NamedTuple):
@@ -328,8 +324,8 @@ def recorded(
     inner = optax.with_extra_args_support(tx)
 
     def parts(tree: Any) -> Any:
-        count = len(jax.tree.leaves(tree))
-        return jax.tree.map(lambda x: jnp.ravel(x)[_indices(np.size(x), count)], tree)
+        most = _most(len(jax.tree.leaves(tree)))
+        return jax.tree.map(lambda x: jnp.ravel(x)[indices(np.size(x), most)], tree)
 
     def init(params: optax.Params) -> RecordedState:
         empty = jax.tree.map(

@@ -6,6 +6,7 @@ where they vary, and so that their steps are large in units of the last place.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from optax_rmsprop._errors import at, shown, some
 LEAST_STEPS = 10
 MOST_STEPS = 400
 MOST_NUMBERS = 10_000
+MOST_OF_A_LEAF = 4096
 # The step that float arithmetic gives differs from the exact one by this many times
 # the spacing of floats at 1.
 ROUNDINGS_OF_A_STEP = 4
@@ -29,6 +31,7 @@ class Run:
     params: np.ndarray  # (T, N), before each step
     moved: np.ndarray  # (T, N), what the step added to them
     grads: np.ndarray  # (T, N)
+    norms: np.ndarray  # (T,), of all gradients of a step
     rates: np.ndarray  # (T,), ones if the learning rate is not known
     spacing: np.ndarray  # (N,), of the floats at 1 in the dtype of the parameters
     skipped: np.ndarray  # (T,), where the optimizer did nothing
@@ -52,6 +55,7 @@ class Run:
             params=self.params[:steps, coordinates],
             moved=self.moved[:steps, coordinates],
             grads=self.grads[:steps, coordinates],
+            norms=self.norms[:steps],
             rates=self.rates[:steps],
             spacing=self.spacing[coordinates],
             skipped=self.skipped[:steps],
@@ -60,7 +64,7 @@ class Run:
 
 
 def whole_run(params: Any, grads: Any, learning_rate: Any) -> Run:
-    """Check a recording, and return all its coordinates."""
+    """Check a recording, and return its first steps, of large leaves a part."""
     columns = columns_of(params, grads)
     steps = len(columns[0][2])
     if steps < LEAST_STEPS:
@@ -75,6 +79,7 @@ def whole_run(params: Any, grads: Any, learning_rate: Any) -> Run:
         params=path[:-1],
         moved=np.diff(path, axis=0),
         grads=np.concatenate([g for _, _, g, _ in columns], axis=1),
+        norms=np.sqrt(sum(map(_squares, jax.tree.leaves(grads)))),
         rates=rates,
         spacing=np.concatenate([np.full(p.shape[1], s) for _, p, _, s in columns]),
         skipped=np.zeros(steps, bool),
@@ -99,7 +104,8 @@ def columns_of(params: Any, grads: Any) -> list[tuple[str, Any, Any, float]]:
         paths = some(map(at, sorted(theirs ^ ours, key=str))) or str(of_grads)
         raise ValueError(
             "`params` and `grads` must be trees of one structure, got trees that "
-            f"differ in {paths}; record the gradient of each parameter"
+            f"differ in {paths}; stack the steps of each array "
+            "on its first axis, and record the gradient of each parameter"
         )
     if not flat_params:
         raise ValueError("`params` must have an array, got an empty tree")
@@ -129,11 +135,30 @@ def columns_of(params: Any, grads: Any) -> list[tuple[str, Any, Any, float]]:
     return columns
 
 
+def _squares(array: Any) -> np.ndarray:
+    """The sum of squares of each step, (T,)."""
+    rows = np.asarray(array).reshape(len(array), -1)
+    return np.array([np.sum(np.abs(row).astype(np.float64) ** 2) for row in rows])
+
+
 def real(array: np.ndarray) -> np.ndarray:
-    """An array as a matrix in float64; complex numbers as two real ones each."""
-    if np.iscomplexobj(array):
-        array = np.stack([array.real, array.imag], -1)
-    return array.reshape(len(array), -1).astype(np.float64)
+    """Some coordinates of an array as a matrix in float64, the same for each shape.
+
+    Complex numbers are two real ones each.
+    """
+    rows = array.reshape(len(array), -1)
+    rows = rows[:, indices(rows.shape[1], MOST_OF_A_LEAF)]
+    if np.iscomplexobj(rows):
+        rows = np.stack([rows.real, rows.imag], -1).reshape(len(rows), -1)
+    return rows.astype(np.float64)
+
+
+@functools.cache
+def indices(size: int, most: int) -> np.ndarray:
+    """The coordinates of an array of this size that are looked at."""
+    if size <= most:
+        return np.arange(size)
+    return np.sort(np.random.default_rng(0).choice(size, most, replace=False))
 
 
 def rates_of(learning_rate: Any, steps: int) -> np.ndarray:

@@ -5,7 +5,6 @@ import optax
 import pytest
 from test_identify import gradients, recording, varying
 
-from helpers import slow_but
 from optax_rmsprop import dialects, rmsprop
 from optax_rmsprop.identify import compare
 
@@ -43,7 +42,8 @@ CAUSES = {
 }
 
 
-@pytest.mark.parametrize("cause", slow_but([*CAUSES][:1], CAUSES))
+@pytest.mark.slow
+@pytest.mark.parametrize("cause", CAUSES)
 def test_a_single_cause(cause):
     other = compare(CAUSES[cause], {"w": TORCH}, {"w": G}, RATES)
     assert not other.same

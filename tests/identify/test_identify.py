@@ -181,7 +181,8 @@ def test_settings_are_found(options):
     assert len(found[0].call) < 140, found[0].call
 
 
-@pytest.mark.parametrize("dtype", slow_but([jnp.bfloat16], [jnp.bfloat16, jnp.float16]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_parameters_of_16_bits(dtype):
     tx = dialects.timm(1e-1, alpha=0.9, eps=1e-3, momentum=0.9)
     g = gradients(60)

@@ -100,32 +100,33 @@ def test_files_that_are_no_recording(tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    RUN.save(tmp_path / "run.npz")
-    assert main([str(tmp_path / "run.npz")]) == 0
-    assert CALL in capsys.readouterr().out
-    RUN._replace(learning_rate=None).save(tmp_path / "run.npz")
-    assert main([str(tmp_path / "run.npz"), "--learning-rate", "0.02"]) == 1
-    assert "2 times" not in capsys.readouterr().out.partition("none of these")[0]
-    with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path / "absent.npz")])
-    assert stopped.value.code == 2
-    assert "absent.npz" in capsys.readouterr().err
-    Recording({"w": P[:5]}, {"w": G[:4]}).save(tmp_path / "run.npz")
-    with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path / "run.npz")])
-    assert stopped.value.code == 2
-    assert "at least 10 steps" in capsys.readouterr().err
-
-
-def test_the_command_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     RUN.save(tmp_path / "run.npz")
-    figure = tmp_path / "residual.png"
+    figure = tmp_path / "differences.png"
     assert main([str(tmp_path / "run.npz"), "--figure", str(figure)]) == 0
+    assert CALL in capsys.readouterr().out
     assert figure.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "run.npz"), "--figure", str(tmp_path / "no" / "x.png")])
-    assert "there is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_finds_none(tmp_path, capsys):
+    RUN.save(tmp_path / "run.npz")
+    assert main([str(tmp_path / "run.npz"), "--learning-rate", "0.02"]) == 1
+    assert "the learning rate is 0.5 times" in capsys.readouterr().out.lower()
+
+
+def test_the_command_refuses(tmp_path, capsys):
+    RUN.save(tmp_path / "run.npz")
+    Recording({"w": P[:5]}, {"w": G[:4]}).save(tmp_path / "short.npz")
+    for arguments, message in [
+        (["absent.npz"], "absent.npz"),
+        (["short.npz"], "at least 10 steps"),
+        (["run.npz", "--figure", str(tmp_path / "no" / "x.png")], "no folder"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(tmp_path / arguments[0]), *arguments[1:]])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def torch_run(torch, make, dtype=None, steps=30, **recording):
