@@ -15,6 +15,7 @@ from optax_rmsprop.identify._model import Form
 from optax_rmsprop.identify._recording import load
 
 Forms = list[Form]
+SUFFIXES = ".png", ".pdf", ".svg"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--figure needs matplotlib: pip install matplotlib")
     if args.figure and not args.figure.absolute().parent.is_dir():
         parser.error(f"--figure: there is no folder {args.figure.parent}")
+    if args.figure and args.figure.suffix not in SUFFIXES:
+        parser.error(f"--figure must end in {', '.join(SUFFIXES)}, got {args.figure}")
     try:
         params, grads, rate = load(args.file)
         if args.learning_rate is not None:
@@ -50,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     print(found)
     if args.figure:
-        found.draw(args.figure)
+        try:
+            found.draw(args.figure)
+        except OSError as error:
+            parser.error(f"--figure: {error}")
     return 0 if found else 1
 
 

@@ -80,7 +80,7 @@ def _values_of_eps(fit: Fit) -> list[float | None]:
     """The fitted value; if it is invisible, first a dialect's default (None)."""
     if not fit.eps_up_to:
         return [fit.numbers["eps"]]
-    return [None, fit.eps_up_to, fit.eps_up_to**2]  # the last for under the root
+    return [None, 0.0, fit.eps_up_to, fit.eps_up_to**2]  # the last for under the root
 
 
 def _call(
@@ -147,7 +147,11 @@ def _values(fit: Fit, eps: float | None) -> dict[str, Any]:
 
 
 def _text(value: float) -> str:
-    return repr(value) if isinstance(value, bool) else f"{value:.8g}"
+    if isinstance(value, bool):
+        return repr(value)
+    # A framework that keeps a setting in float32 has 0.0099999998 for 0.01.
+    short = np.float32(value)
+    return str(short) if float(short) == value else f"{value:.8g}"
 
 
 def _gives(tx: optax.GradientTransformation, fit: Fit) -> bool:

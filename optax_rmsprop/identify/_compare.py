@@ -98,8 +98,15 @@ def compare(
             "such as optax_rmsprop.rmsprop(1e-3)"
         )
     whole = whole_run(params, grads, learning_rate)
-    steps = _steps(tx, params, grads, whole)
+    if jnp.result_type(float) == jnp.float32:  # then `tx` computes in float32
+        spacing = np.maximum(whole.spacing, float(np.finfo(np.float32).eps))
+        whole = dataclasses.replace(whole, spacing=spacing)
     scale = rounding(np.abs(whole.moved), whole)
+    # Steps without a move may have been skipped, or accumulated by `tx`.
+    steps = min(
+        (_steps(tx, params, grads, whole, skips) for skips in (False, True)),
+        key=lambda steps: np.sum(~(np.abs(steps - whole.moved) <= PARTS * scale)),
+    )
     difference = (steps - whole.moved) / scale
     roundings = float(np.sqrt(np.mean(difference**2)))
     per_step = np.sqrt(np.mean((steps - whole.moved) ** 2, axis=1))
@@ -125,7 +132,7 @@ def compare(
 
 
 def _steps(
-    tx: optax.GradientTransformation, params: Any, grads: Any, whole: Run
+    tx: optax.GradientTransformation, params: Any, grads: Any, whole: Run, skips: bool
 ) -> np.ndarray:
     """The updates of `tx` for the recorded parameters and gradients, (T, N)."""
 
@@ -135,7 +142,9 @@ def _steps(
     update = jax.jit(tx.update)
     state = tx.init(step_of(params, 0))
     steps = np.zeros_like(whole.moved)
-    for t in map(int, np.flatnonzero(~whole.skipped)):
+    for t in range(len(steps)):
+        if whole.skipped[t] and (skips or not np.isfinite(whole.norms[t])):
+            continue
         updates, state = update(step_of(grads, t), state, step_of(params, t))
         leaves = (real(np.asarray(x)[None])[0] for x in jax.tree.leaves(updates))
         steps[t] = np.concatenate(list(leaves))

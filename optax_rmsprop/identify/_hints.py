@@ -53,7 +53,7 @@ def _trials(run: Run, fits: list[Fit]) -> Iterator[tuple[Fit, str]]:
             f"momentum {descent.numbers['momentum']:.4g}, or eps is far above them",
         )
     found = _best(run, forms(run, True))
-    yield found, _scaled(found)
+    yield found, _scaled(found, "rate" not in fits[0].free)
     adam = Form(adam=True, maximize=fits[0].form.maximize)
     found = _best(run, [adam, adam._replace(bias_correction=True)])
     yield (
@@ -95,9 +95,11 @@ def _trials(run: Run, fits: list[Fit]) -> Iterator[tuple[Fit, str]]:
         )
 
 
-def _scaled(found: Fit) -> str:
+def _scaled(found: Fit, rate_is_known: bool) -> str:
     rate = found.numbers["rate"]
-    if abs(rate - 1) < 1e-3:
+    if found.numbers["decay"] > 1 - 1e-6:
+        return "this looks like Adagrad: its average of squares forgets nothing"
+    if not rate_is_known or abs(rate - 1) < 1e-3:
         return ""
     return f"the learning rate is {rate:.6g} times the one that was given"
 

@@ -11,7 +11,7 @@ import optax
 from optax_rmsprop.identify._calls import Call, calls, unlikely
 from optax_rmsprop.identify._fit import Fit
 from optax_rmsprop.identify._hints import hint
-from optax_rmsprop.identify._model import Form
+from optax_rmsprop.identify._model import Form, Numbers, predict, rounding
 from optax_rmsprop.identify._rough import Progress
 from optax_rmsprop.identify._run import Run, chosen, whole_run
 from optax_rmsprop.identify._search import (
@@ -167,8 +167,8 @@ def identify(params: Any, grads: Any, learning_rate: Any = None) -> Findings:
       params: a tree of arrays with T + 1 parameters on the first axis: before the first
         step, and after each of T steps, T at least 10; 30 to 60 tell most settings. All
         parameters or some: a few hundred numbers suffice. In the dtype in which the
-        optimizer has them, because the error is compared with its rounding. Of more
-        than 400 steps the first 400 count.
+        optimizer has them, because the error is compared with its rounding. The
+        fit uses up to 400 steps; the calls that are listed make all of them.
       grads: the same tree with T gradients, as the optimizer got them: after clipping
         and unscaling.
       learning_rate: the learning rate, T of them (one a step), a schedule, or None: a
@@ -211,10 +211,14 @@ class Explanation(NamedTuple):
     from_start: bool
 
 
+@np.errstate(all="ignore")  # far from the best fit anything may overflow
 def explain(whole: Run, rate_is_known: bool, progress: Progress = iter) -> Explanation:
     """Fit all forms, from the first step or, if none explains the run, a later one."""
     run = chosen(whole)
     fits, from_start = search(run, rate_is_known, progress=progress), True
+    if fits[0].error > WITHIN_ROUNDING and np.any(run.skipped):
+        counted = search(_counted(run), rate_is_known, progress=progress)
+        fits = min(fits, counted, key=lambda fits: fits[0].error)
     if fits[0].error > WITHIN_ROUNDING:
         later = search(run, rate_is_known, from_start=False, progress=progress)
         if later[0].error <= WITHIN_ROUNDING:
@@ -233,6 +237,34 @@ def explain(whole: Run, rate_is_known: bool, progress: Progress = iter) -> Expla
     return Explanation(fits, fewest, from_start)
 
 
+def _counted(run: Run) -> Run:
+    """The run with a schedule that counts only the steps that were taken."""
+    rates = run.rates.copy()
+    rates[~run.skipped] = run.rates[: np.sum(~run.skipped)]
+    return dataclasses.replace(run, rates=rates)
+
+
+def parted(whole: Run, fit: Fit) -> str:
+    """Where a fit differs from the whole recording, or "" if it does not.
+
+    Of a run that began before its recording, only the coordinates are known whose
+    slots were fitted.
+    """
+    run, steps, scale = fit.run, fit.steps, fit.scale
+    if fit.slots is None:
+        run = whole
+        if not np.array_equal(fit.run.rates, whole.rates[: len(fit.run.rates)]):
+            run = _counted(run)
+        numbers = Numbers(*(np.full((1, 1), x) for x in fit.numbers.values()))
+        predicted, sizes = predict(fit.form, run, numbers)
+        steps, scale = predicted[:, 0], rounding(sizes[:, 0], run)
+    difference = np.abs(steps - run.moved) / scale
+    for step, i in np.argwhere(~(difference <= PARTS))[:1]:
+        size = f"by {difference[step, i]:.0f} roundings"
+        return f"first at step {step} (the first is 0) in {run.leaves[i]}, {size}"
+    return ""
+
+
 def _decays_twice(fit: Fit) -> bool:
     """Whether weights decay in both ways, which no RMSprop does."""
     return fit.numbers["l2"] > 0 and fit.numbers["decoupled"] > 0
@@ -242,15 +274,21 @@ def findings_of(whole: Run, explanation: Explanation) -> Findings:
     """The answer to a user: all calls, or why there is none."""
     fits, explained, from_start = explanation
     run, best = fits[0].run, fits[0]
+    notes = []
+    elsewhere = parted(whole, explained[0]) if explained else ""
+    if elsewhere:
+        notes.append(
+            f"The nearest makes most of the numbers, but differs {elsewhere}. If this "
+            "array has settings of its own, identify it by itself."
+        )
     named: dict[str, tuple[Call, Fit]] = {}
-    for found in explained:
+    for found in explained if not elsewhere else []:
         for call in calls(found):
             named.setdefault(call.text, (call, found))
     findings = [
         Finding(*call, found.relative, found.error, found.numbers, found.eps_up_to)
         for call, found in sorted(named.values(), key=lambda item: unlikely(item[0]))
     ]
-    notes = []
     if findings:
         simple = explained[0]
         others = (found for found in fits if not found.as_good_as(best))
@@ -267,21 +305,20 @@ def findings_of(whole: Run, explanation: Explanation) -> Findings:
                 "is inside the momentum buffer."
             )
     else:
-        nearest = best
-        text = next((call.text for call in calls(best)), _difference(best.form, Form()))
-        for step, i in np.argwhere(np.abs(best.residual) > PARTS)[:1]:
-            notes.append(
-                f"The nearest differs first at step {step} (the first is 0) in "
-                f"{run.leaves[i]}, by {abs(best.residual[step, i]):.0f} roundings."
-            )
-        likely = hint(chosen(whole), fits)
-        if likely:
-            notes.append(likely[0].upper() + likely[1:] + ".")
+        nearest = explained[0] if explained else best
+        text = next((call.text for call in calls(nearest)), _described(nearest))
+        if not explained:
+            notes += _reasons(whole, fits)
     if not from_start:
         notes.append("The run began before its first recorded step.")
     if np.any(run.skipped):
         skipped = int(np.sum(run.skipped))
         notes.append(f"{skipped} step{'s were' if skipped > 1 else ' was'} skipped.")
+        if skipped > len(run.skipped) / 3 and not findings:
+            notes.append(
+                "If gradients are accumulated, record their average at the steps that "
+                "are taken."
+            )
     return Findings(
         tuple(findings),
         text,
@@ -291,6 +328,29 @@ def findings_of(whole: Run, explanation: Explanation) -> Findings:
         np.sqrt(np.mean(run.grads**2, axis=0)),
         tuple(run.leaves),
     )
+
+
+def _reasons(whole: Run, fits: list[Fit]) -> list[str]:
+    """Where the best fit differs, and what the run may be."""
+    best, reasons = fits[0], []
+    for step, i in np.argwhere(~(np.abs(best.residual) <= PARTS))[:1]:
+        reasons.append(
+            f"The nearest differs first at step {step} (the first is 0) in "
+            f"{best.run.leaves[i]}, by {abs(best.residual[step, i]):.0f} roundings."
+        )
+    if best.error <= WITHIN_ROUNDING and _decays_twice(best):
+        reasons.append("It needs weight decay of both kinds, which no RMSprop has.")
+    else:
+        likely = hint(chosen(whole), fits)
+        reasons += [likely[0].upper() + likely[1:] + "."] if likely else []
+    return reasons
+
+
+def _described(fit: Fit) -> str:
+    """The switches that are on, and the numbers that are not 0."""
+    switches = [SWITCHES[name][1] for name in SWITCHES if getattr(fit.form, name)]
+    numbers = [f"{NUMBERS[n]} {x:.6g}" for n, x in fit.numbers.items() if x]
+    return ", ".join([*switches, *numbers])
 
 
 def _difference(form: Form, other: Form) -> str:

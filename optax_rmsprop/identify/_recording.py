@@ -6,9 +6,11 @@ parameter, and `learning_rate`. A program that has NumPy alone can write it.
 Of each parameter a few coordinates are recorded, the same at every step.
 """
 
+import collections
 import contextlib
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,12 @@ from optax_rmsprop.identify._run import LEAST_STEPS, indices, rates_of
 MOST_NUMBERS = 1024
 LEAST_NUMBERS = 4  # of each parameter
 BFLOAT16 = np.dtype(jnp.bfloat16)
+# What NumPy raises for a file that is no .npz, or a damaged one.
+UNREADABLE = (
+    *(AttributeError, EOFError, RuntimeError, ValueError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
 class Recording(NamedTuple):
@@ -47,8 +55,13 @@ class Recording(NamedTuple):
             for name, array in named.items():
                 if array.dtype == BFLOAT16:  # which NumPy's format does not have
                     arrays[f"bfloat16/{kind}/{name}"] = array.view(np.uint16)
-                else:
+                elif array.dtype.kind in "fc":
                     arrays[f"{kind}/{name}"] = array
+                else:
+                    raise TypeError(
+                        f"`{kind}` must be arrays of floats, got {array.dtype} in "
+                        f"{shown(name)}; convert it to float32"
+                    )
         if self.learning_rate is not None:
             arrays["learning_rate"] = self.learning_rate
         np.savez(file, **arrays)
@@ -73,18 +86,23 @@ def load(file: str | PathLike[str]) -> Recording:
             for key in arrays.files:  # an array alone has none
                 kind, _, name = key.removeprefix("bfloat16/").partition("/")
                 array = arrays[key]
+                if not isinstance(array, np.ndarray):
+                    raise ValueError(f"{key} is no array")
                 if key == "learning_rate":
                     rate = array
-                elif kind in found and name:
-                    is_short = key.startswith("bfloat16/")
-                    found[kind][name] = array.view(BFLOAT16) if is_short else array
+                elif kind in found and name not in ("", *found[kind]):
+                    if key.startswith("bfloat16/") and array.dtype == np.uint16:
+                        array = array.view(BFLOAT16)
+                    found[kind][name] = array
                 else:
                     others.append(key)
-    except (AttributeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"`file` must be an .npz file of a recording, got {shown(str(file))}, "
             f"which cannot be read ({error}); Recording.save or numpy.savez write it"
         ) from None
+    if found["params"].keys() != found["grads"].keys():
+        others += sorted(found["params"].keys() ^ found["grads"].keys())
     if others or not found["params"]:
         raise ValueError(
             "`file` must have arrays params/NAME, grads/NAME and learning_rate, got "
@@ -145,6 +163,8 @@ class Recorder:
     def _note_before(self, arrays: dict[str, tuple[Any, Any]], rate: Any) -> None:
         if len(self._after) < self.steps:
             most = len(arrays)
+            # A step that raised an error was not taken.
+            del self._before[len(self._after) :], self._rates[len(self._after) :]
             self._before.append(
                 {n: (_part(p, most), _part(g, most)) for n, (p, g) in arrays.items()}
             )
@@ -188,6 +208,7 @@ def record(
     recorder = Recorder(steps)
     if hasattr(optimizer, "register_step_pre_hook"):
         number = _group(optimizer, group)
+        now: dict[str, Any] = {}  # the parameters of the step that is being taken
 
         def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if any(x is not None for x in (*args[1:], *kwargs.values())):
@@ -195,12 +216,13 @@ def record(
                     "`optimizer.step` must be called without a closure while it is "
                     "recorded; call backward() before it"
                 )
-            found = _torch_group(optimizer, number)
+            now.update(_torch_group(optimizer, number))
             rate = optimizer.param_groups[number]["lr"]
-            recorder._note_before({n: (p, p.grad) for n, p in found.items()}, rate)
+            recorder._note_before({n: (p, p.grad) for n, p in now.items()}, rate)
 
         def after(*_: Any) -> None:
-            recorder._note_after(_torch_group(optimizer, number))
+            recorder._note_after(now)
+            now.clear()
 
         hooks = [
             optimizer.register_step_pre_hook(before),
@@ -212,15 +234,27 @@ def record(
             for hook in hooks:
                 hook.remove()
     elif hasattr(optimizer, "apply") and hasattr(optimizer, "build"):
+        if hasattr(optimizer, "inner_optimizer"):
+            raise ValueError(
+                "`optimizer` must get the gradients as they are, got a "
+                "LossScaleOptimizer; give its inner_optimizer"
+            )
+        clips = [name for name in CLIPS if getattr(optimizer, name, None) is not None]
+        if clips:
+            raise ValueError(
+                "`optimizer` must get the gradients after clipping, but it clips them "
+                f"itself ({', '.join(clips)}); clip them before its apply"
+            )
         apply = optimizer.apply
 
         def applied(grads: Any, trainable_variables: Any = None) -> Any:
             given = trainable_variables or optimizer._trainable_variables
-            pairs = zip(given, grads, strict=True)
-            arrays = {v.path: (v.value, g) for v, g in pairs if g is not None}
+            variables = dict(zip(_distinct(v.path for v in given), given, strict=True))
+            pairs = zip(variables.items(), grads, strict=True)
+            arrays = {n: (v.value, g) for (n, v), g in pairs if g is not None}
             recorder._note_before(arrays, optimizer.learning_rate)
             result = apply(grads, trainable_variables)
-            recorder._note_after({v.path: v.value for v in given})
+            recorder._note_after({n: v.value for n, v in variables.items()})
             return result
 
         optimizer.apply = applied
@@ -260,8 +294,18 @@ def _torch_group(optimizer: Any, number: int) -> dict[str, Any]:
     names = group.get("param_names") or [
         f"param_groups[{number}][{i}]" for i in range(len(group["params"]))
     ]
-    pairs = zip(names, group["params"], strict=True)
+    pairs = zip(_distinct(names), group["params"], strict=True)
     return {name: p for name, p in pairs if p.grad is not None}
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """The names, with a number where one comes again."""
+    seen: collections.Counter[str] = collections.Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return found
 
 
 def _most(arrays: int) -> int:
@@ -273,6 +317,11 @@ def _part(array: Any, arrays: int) -> np.ndarray:
     """Some coordinates of an array of torch, TensorFlow or JAX, as a copy in NumPy."""
     most = _most(arrays)
     if hasattr(array, "detach"):
+        if array.is_sparse:
+            raise ValueError(
+                "`optimizer` must have dense gradients while it is recorded, got a "
+                "sparse one; give the embedding sparse=False"
+            )
         flat = array.detach().reshape(-1)
         flat = flat[indices(flat.numel(), most)].cpu()
         if str(flat.dtype) == "torch.bfloat16":
@@ -324,14 +373,31 @@ def recorded(
     inner = optax.with_extra_args_support(tx)
 
     def parts(tree: Any) -> Any:
+        """Coordinates of the arrays of floats; others are not trained."""
         most = _most(len(jax.tree.leaves(tree)))
-        return jax.tree.map(lambda x: jnp.ravel(x)[indices(np.size(x), most)], tree)
+        return jax.tree.map(
+            lambda x: (
+                jnp.ravel(x)[indices(np.size(x), most)]
+                if jnp.issubdtype(x.dtype, jnp.inexact)
+                else None
+            ),
+            tree,
+        )
 
     def init(params: optax.Params) -> RecordedState:
-        empty = jax.tree.map(
-            lambda part: jnp.zeros((steps + 1, *part.shape), part.dtype), parts(params)
+        # Gradients of 16-bit parameters may have 32 bits.
+        wider = lambda dtype: jnp.promote_types(dtype, jnp.float32)  # noqa: E731
+        of_params, of_grads = (
+            jax.tree.map(
+                lambda x, dtype_of=dtype_of: jnp.zeros(
+                    (steps + 1, *x.shape), dtype_of(x.dtype)
+                ),
+                parts(params),
+            )
+            for dtype_of in (jnp.dtype, wider)
         )
-        return RecordedState(inner.init(params), jnp.zeros([], jnp.int32), empty, empty)
+        count = jnp.zeros([], jnp.int32)
+        return RecordedState(inner.init(params), count, of_params, of_grads)
 
     def update(
         updates: optax.Updates,
@@ -348,7 +414,9 @@ def recorded(
         def noted(buffers: Any, tree: Any) -> Any:
             # After the last step the index is out of bounds, and nothing is written.
             return jax.tree.map(
-                lambda buffer, part: buffer.at[state.count].set(part, mode="drop"),
+                lambda buffer, part: buffer.at[state.count].set(
+                    part.astype(buffer.dtype), mode="drop"
+                ),
                 buffers,
                 parts(tree),
             )

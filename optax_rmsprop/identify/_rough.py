@@ -72,9 +72,13 @@ def roughly(
     A run that did not start at its first step starts with averages of its own gradients
     here, and its first third does not count.
     """
+    early = run.at(slice(None), STEPS)
+    moves = np.any(early.moved, axis=0) & np.any(early.grads, axis=0)
+    if np.any(moves):
+        run = early.at(moves)
     width = run.params.shape[1]
     some = np.linspace(0, width - 1, min(width, COORDINATES)).astype(int)
-    run = run.at(np.unique(some), STEPS)
+    run = run.at(np.unique(some))
     counts = np.arange(len(run.grads)) >= (0 if from_start else len(run.grads) // 3)
     weight = counts[:, None] / np.sqrt(np.mean(run.moved**2, axis=0))
     part = _Part(run, weight, from_start, rate_is_known)

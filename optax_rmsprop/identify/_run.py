@@ -64,7 +64,7 @@ class Run:
 
 
 def whole_run(params: Any, grads: Any, learning_rate: Any) -> Run:
-    """Check a recording, and return its first steps, of large leaves a part."""
+    """Check a recording, and return it, of large leaves a part."""
     columns = columns_of(params, grads)
     steps = len(columns[0][2])
     if steps < LEAST_STEPS:
@@ -84,7 +84,7 @@ def whole_run(params: Any, grads: Any, learning_rate: Any) -> Run:
         spacing=np.concatenate([np.full(p.shape[1], s) for _, p, _, s in columns]),
         skipped=np.zeros(steps, bool),
         leaves=leaves,
-    ).at(slice(None), MOST_STEPS)
+    )
     if not np.all(np.isfinite(path)):
         step, i = np.argwhere(~np.isfinite(path))[0]
         raise ValueError(
@@ -107,8 +107,10 @@ def columns_of(params: Any, grads: Any) -> list[tuple[str, Any, Any, float]]:
             f"differ in {paths}; stack the steps of each array "
             "on its first axis, and record the gradient of each parameter"
         )
-    if not flat_params:
-        raise ValueError("`params` must have an array, got an empty tree")
+    if not sum(np.size(p) for _, p in flat_params):
+        raise ValueError(
+            "`params` must have numbers, got an empty tree or empty arrays"
+        )
     columns: list[tuple[str, Any, Any, float]] = []
     for (path, p), (_, g) in zip(flat_params, flat_grads, strict=True):
         p, g = np.asarray(p), np.asarray(g)
@@ -166,8 +168,11 @@ def rates_of(learning_rate: Any, steps: int) -> np.ndarray:
         return np.ones(steps)
     if callable(learning_rate):
         learning_rate = [learning_rate(step) for step in range(steps)]
-    rates = np.asarray(learning_rate, np.float64)
-    if rates.shape not in ((), (steps,)):
+    try:
+        rates = np.asarray(learning_rate, np.float64)
+    except (TypeError, ValueError):
+        rates = np.empty(0)
+    if np.iscomplexobj(learning_rate) or rates.shape not in ((), (steps,)):
         raise ValueError(
             f"`learning_rate` must be a number, {steps} numbers (one a step), a "
             f"schedule or None, got {shown(learning_rate)}"
@@ -215,7 +220,11 @@ def _without_skipped(run: Run) -> Run:
 
 
 def chosen(run: Run) -> Run:
-    """Keep coordinates of all sizes of gradients, in each size the best visible one."""
+    """Keep coordinates of all sizes of gradients, in each size the best visible one.
+
+    Of a long run, the first steps.
+    """
+    run = run.at(slice(None), MOST_STEPS)
     sizes = np.sqrt(np.mean(run.grads**2, axis=0))
     visible = np.sqrt(np.mean((run.moved / run.last_place()) ** 2, axis=0))
     usable = np.flatnonzero((sizes > 0) & (visible > 0))
