@@ -12,12 +12,12 @@ from optax_rmsprop._errors import kind_of
 from optax_rmsprop.identify._fit import fit
 from optax_rmsprop.identify._identify import (
     NUMBERS,
-    PARTS,
     SWITCHES,
     Explanation,
     Findings,
     explain,
     findings_of,
+    parts,
 )
 from optax_rmsprop.identify._model import rounding
 from optax_rmsprop.identify._run import Run, real, whole_run
@@ -105,13 +105,13 @@ def compare(
     # Steps without a move may have been skipped, or accumulated by `tx`.
     steps = min(
         (_steps(tx, params, grads, whole, skips) for skips in (False, True)),
-        key=lambda steps: np.sum(~(np.abs(steps - whole.moved) <= PARTS * scale)),
+        key=lambda steps: np.sum(parts(steps, scale, whole)),
     )
     difference = (steps - whole.moved) / scale
     roundings = float(np.sqrt(np.mean(difference**2)))
     per_step = np.sqrt(np.mean((steps - whole.moved) ** 2, axis=1))
     usual = np.sqrt(np.mean(whole.moved**2))
-    parted = np.argwhere(~(np.abs(difference) <= PARTS))
+    parted = np.argwhere(parts(steps, scale, whole))
     result = Comparison(
         roundings <= WITHIN_ROUNDING and not len(parted),
         float(np.sqrt(np.mean(per_step**2)) / usual),

@@ -97,9 +97,8 @@ def _trials(run: Run, fits: list[Fit]) -> Iterator[tuple[Fit, str]]:
 
 def _scaled(found: Fit, rate_is_known: bool) -> str:
     rate = found.numbers["rate"]
-    if found.numbers["decay"] > 1 - 1e-6:
-        return "this looks like Adagrad: its average of squares forgets nothing"
-    if not rate_is_known or abs(rate - 1) < 1e-3:
+    # An average that forgets nothing, as Adagrad's, makes the rate another number.
+    if not rate_is_known or abs(rate - 1) < 1e-3 or found.numbers["decay"] > 1 - 1e-6:
         return ""
     return f"the learning rate is {rate:.6g} times the one that was given"
 

@@ -47,8 +47,10 @@ NUMBERS = {
     "decoupled": "decoupled weight decay",
     "initial": "initial average of squares",
 }
-# A single difference of so many roundings is not rounding.
+# A single difference of so many roundings, and of this part of the usual step, is not
+# rounding. Of terms that cancel in an optimizer's arithmetic, not all are known.
 PARTS = 10.0
+PART_OF_A_STEP = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +246,14 @@ def _counted(run: Run) -> Run:
     return dataclasses.replace(run, rates=rates)
 
 
+def parts(steps: np.ndarray, scale: np.ndarray, run: Run) -> np.ndarray:
+    """Which steps differ from the recorded ones by more than rounding, (T, N)."""
+    usual = np.sqrt(np.mean(run.moved**2, axis=0))
+    return ~(
+        abs(steps - run.moved) <= np.maximum(PARTS * scale, PART_OF_A_STEP * usual)
+    )
+
+
 def parted(whole: Run, fit: Fit) -> str:
     """Where a fit differs from the whole recording, or "" if it does not.
 
@@ -259,7 +269,7 @@ def parted(whole: Run, fit: Fit) -> str:
         predicted, sizes = predict(fit.form, run, numbers)
         steps, scale = predicted[:, 0], rounding(sizes[:, 0], run)
     difference = np.abs(steps - run.moved) / scale
-    for step, i in np.argwhere(~(difference <= PARTS))[:1]:
+    for step, i in np.argwhere(parts(steps, scale, run))[:1]:
         size = f"by {difference[step, i]:.0f} roundings"
         return f"first at step {step} (the first is 0) in {run.leaves[i]}, {size}"
     return ""
@@ -333,7 +343,7 @@ def findings_of(whole: Run, explanation: Explanation) -> Findings:
 def _reasons(whole: Run, fits: list[Fit]) -> list[str]:
     """Where the best fit differs, and what the run may be."""
     best, reasons = fits[0], []
-    for step, i in np.argwhere(~(np.abs(best.residual) <= PARTS))[:1]:
+    for step, i in np.argwhere(parts(best.steps, best.scale, best.run))[:1]:
         reasons.append(
             f"The nearest differs first at step {step} (the first is 0) in "
             f"{best.run.leaves[i]}, by {abs(best.residual[step, i]):.0f} roundings."

@@ -61,9 +61,9 @@ def predict(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps of K variants, (T, K, N), and the sizes of their roundings.
 
-    These are in units of the spacing of floats at 1, and more than the size of the step
-    where terms cancel: in a variance, and in a momentum buffer. For complex numbers
-    they are 0.
+    These are in units of the spacing of floats at 1. They are more than the size of the
+    step where terms cancel: in a variance, in a buffer, in a gradient and weight decay.
+    For complex numbers they are 0.
     """
     n = numbers
     given = (*n, *(slots or ()))
@@ -82,7 +82,8 @@ def predict(
         if run.skipped[t]:
             continue
         count += 1
-        g = sign * run.grads[t] + n.l2 * run.params[t]
+        decay = n.l2 * run.params[t]
+        g = sign * run.grads[t] + decay
         weight = 1 - n.decay
         if form.bias_correction:
             weight = weight / (1 - n.decay**count)
@@ -116,7 +117,8 @@ def predict(
         shrink = shrink * np.where(form.corrected, rate / greatest_rate, 1.0)
         steps[t] = -(outside * step + shrink * run.params[t])
         if is_real:
-            size = n.momentum * size + np.abs(unit) * cancelled
+            summed = (np.abs(run.grads[t]) + np.abs(decay)) / (np.abs(g) + TINY)
+            size = n.momentum * size + np.abs(unit) * cancelled * summed
             sizes[t] = outside * size + np.abs(shrink * run.params[t])
     return steps, sizes
 

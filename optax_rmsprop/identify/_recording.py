@@ -413,13 +413,16 @@ def recorded(
 
         def noted(buffers: Any, tree: Any) -> Any:
             # After the last step the index is out of bounds, and nothing is written.
-            return jax.tree.map(
-                lambda buffer, part: buffer.at[state.count].set(
-                    part.astype(buffer.dtype), mode="drop"
-                ),
-                buffers,
-                parts(tree),
-            )
+            def set_row(buffer: jax.Array, part: jax.Array) -> jax.Array:
+                if jnp.promote_types(part.dtype, buffer.dtype) != buffer.dtype:
+                    raise TypeError(
+                        f"`updates` must be {buffer.dtype} at most while they are "
+                        f"recorded, got {part.dtype}; convert them"
+                    )
+                row = part.astype(buffer.dtype)
+                return buffer.at[state.count].set(row, mode="drop")
+
+            return jax.tree.map(set_row, buffers, parts(tree))
 
         new, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args

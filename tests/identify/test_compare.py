@@ -1,6 +1,7 @@
 """compare says whether a transformation makes recorded numbers, and what differs."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from test_identify import gradients, recording, varying
@@ -73,6 +74,19 @@ def test_a_part_that_one_leaf_does_not_get():
     other = compare(tx, params, grads, RATES)
     assert not other.same
     assert (other.step, other.leaf) == (0, "['b']")
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_gradients_that_are_accumulated():
+    """Between its steps the parameters stand still, and nothing was skipped."""
+    steps = optax.MultiSteps(rmsprop(1e-2, 0.9), 2)
+    tx = optax.GradientTransformation(steps.init, steps.update)
+    assert compare(tx, recording(tx, G), G, 1e-2).same
+
+
+def test_a_run_in_float64_is_judged_by_the_rounding_of_the_optimizer():
+    params = recording(rmsprop(1e-2, 0.9, 1e-3), G).astype(np.float64)
+    assert compare(rmsprop(1e-2, 0.9, 1e-3), params, G, 1e-2).same
 
 
 @pytest.mark.slow

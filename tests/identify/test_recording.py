@@ -1,5 +1,8 @@
 """Runs of torch, Keras and JAX are recorded, saved, loaded and identified."""
 
+import functools
+import zipfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +63,25 @@ def test_recorded_within_a_compiled_loop():
     assert "dialects.tensorflow" in names(identify(*run))
 
 
+@pytest.mark.usefixtures("standard_promotion")
+def test_recorded_is_donated_and_keeps_wide_gradients():
+    """16-bit parameters may have gradients of 32 bits, which overflow in 16."""
+    tx = recorded(rmsprop(1e-2), steps=10)
+    p = {"x": jnp.ones(3, jnp.float16), "labels": jnp.arange(3)}
+    state = tx.init(p)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        grads = {"x": jnp.full(3, 1e6), "labels": np.zeros(3, jax.dtypes.float0)}
+        return tx.update(grads, state, p)[1]
+
+    for _ in range(11):
+        state = step(state)
+    run = recording_of(state)
+    assert [*run.params] == [*run.grads] == ["['x']"]
+    assert np.all(run.grads["['x']"] == np.float32(1e6))
+
+
 def test_recorded_needs_params_and_enough_updates():
     tx = recorded(rmsprop(1e-2))
     p = jnp.ones(3)
@@ -94,6 +116,15 @@ def test_files_that_are_no_recording(tmp_path):
     np.savez(file, weights=P)
     with pytest.raises(ValueError, match="weights"):
         load(file)
+    np.savez(file, **{"params/w": P, "params/b": P, "grads/w": G})
+    with pytest.raises(ValueError, match=r"got b in"):
+        load(file)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("params/a", b"hello")
+    with pytest.raises(ValueError, match="params/a is no array"):
+        load(file)
+    with pytest.raises(TypeError, match="arrays of floats, got int"):
+        Recording({"w": P.astype(int)}, {"w": G}).save(file)
     np.save(tmp_path / "run.npy", P)
     with pytest.raises(ValueError, match="npz"):
         load(tmp_path / "run.npy")
@@ -122,6 +153,7 @@ def test_the_command_refuses(tmp_path, capsys):
         (["absent.npz"], "absent.npz"),
         (["short.npz"], "at least 10 steps"),
         (["run.npz", "--figure", str(tmp_path / "no" / "x.png")], "no folder"),
+        (["run.npz", "--figure", str(tmp_path / "x")], "must end in .png"),
     ]:
         with pytest.raises(SystemExit) as stopped:
             main([str(tmp_path / arguments[0]), *arguments[1:]])
@@ -144,10 +176,8 @@ def torch_run(torch, make, dtype=None, steps=30, **recording):
 
 
 TORCH = [
-    {"alpha": 0.9},
-    {"momentum": 0.9, "weight_decay": 0.1},
-    {"centered": True, "eps": 1e-3},
-    {"momentum": 0.5, "centered": True, "maximize": True},
+    {"alpha": 0.9, "momentum": 0.9, "weight_decay": 0.1},
+    {"momentum": 0.5, "centered": True, "eps": 1e-3, "maximize": True},
 ]
 
 
@@ -201,6 +231,22 @@ def test_what_torch_must_not_do_while_it_is_recorded():
         recorder.recording  # noqa: B018
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_names_that_come_twice_are_two():
+    optimizer, variables = KerasOptimizer(), (Variable(P[0]), Variable(P[0]))
+    with record(optimizer, steps=12) as recorder:
+        for g in G:
+            optimizer.apply([g, g], variables)
+    assert [*recorder.recording.params] == ["dense/kernel", "dense/kernel (2)"]
+
+
+@pytest.mark.parametrize("clip", ["clipnorm", "inner_optimizer"])
+def test_what_changes_gradients_within_the_optimizer_is_refused(clip):
+    optimizer = KerasOptimizer()
+    setattr(optimizer, clip, 1.0)
+    with pytest.raises(ValueError, match=r"as they are|after clipping"):
+        record(optimizer).__enter__()
 
 
 class Variable:
