@@ -63,7 +63,9 @@ def with_blocks():
 
 @pytest.mark.parametrize("page", list(with_blocks()))
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # some write files
+    # Some write files, and some read records.
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    monkeypatch.chdir(tmp_path)
     for code in blocks(page, "python"):
         skip_without_torch(code)
         exec(compile(code, str(page), "exec"), {})
@@ -148,6 +150,7 @@ def test_public_names():
         "from_optax",
         "from_torch",
         "from_torch_checkpoint",
+        "identify",
         "rmsprop",
         "scale_by_rms",
         "scale_by_stddev",

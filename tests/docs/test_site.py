@@ -111,7 +111,7 @@ def test_every_public_name_is_on_the_api_page(site):
     documented = Page((site / "api.html").read_text()).ids
     from_optax = {"trace", "add_decayed_weights"}
     # The names of a room are documented at the room's address. TorchRun is carry.Run.
-    rooms = {"carry", "dialects", "wrappers", "torch_layers"}
+    rooms = {"carry", "dialects", "identify", "wrappers", "torch_layers"}
     expected = set()
     core = set(optax_rmsprop.__all__) - from_optax - rooms - {"TorchRun"}
     for room in (getattr(optax_rmsprop, name) for name in rooms):
