@@ -143,7 +143,7 @@ def assert_found(found, options):
 
 
 @pytest.mark.slow
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(options=SETTINGS)
 def test_any_settings_are_found(options):
     options = told(options)
@@ -323,16 +323,13 @@ OTHERS = {
     "adamw": optax.adamw(1e-2),
     "sgd": optax.sgd(1e-1, momentum=0.9),
     "lion": optax.lion(1e-3),
-    "adadelta": optax.adadelta(1e-1),
     "clipped": optax.chain(optax.clip_by_global_norm(2.0), rmsprop(1e-2, eps=1e-3)),
-    "clipped values": optax.chain(optax.clip(0.3), rmsprop(1e-2, eps=1e-3)),
 }
 HINTS = {
     "adamw": "Adam",
     "sgd": "gradient descent",
     "lion": "Lion",
     "clipped": "clipped to a norm of 2 ",
-    "clipped values": "clipped to values of at most 0.3 ",
 }
 
 
