@@ -344,10 +344,10 @@ def test_automatic_numbers_that_do_not_say_the_order_of_calls(keras):
 @pytest.mark.parametrize(
     ("name", "columns", "cell"),
     [
-        ("LSTM", 4, nnx.LSTMCell),
+        pytest.param("LSTM", 4, nnx.LSTMCell, marks=pytest.mark.slow),
         ("LSTM", 4, nnx.OptimizedLSTMCell),
-        ("GRUCell", 3, nnx.GRUCell),
-        ("SimpleRNN", 1, nnx.SimpleCell),
+        pytest.param("GRUCell", 3, nnx.GRUCell, marks=pytest.mark.slow),
+        pytest.param("SimpleRNN", 1, nnx.SimpleCell, marks=pytest.mark.slow),
     ],
 )
 def test_like_a_cell_of_nnx(keras, name, columns, cell):

@@ -76,6 +76,7 @@ def test_a_part_that_one_leaf_does_not_get():
     assert (other.step, other.leaf) == (0, "['b']")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_gradients_that_are_accumulated():
     """Between its steps the parameters stand still, and nothing was skipped."""

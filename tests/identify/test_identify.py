@@ -191,6 +191,7 @@ def test_parameters_of_16_bits(dtype):
     assert "dialects.timm" in names(found), str(found)
 
 
+@pytest.mark.slow
 def test_an_unknown_constant_rate_is_fitted():
     params = recording(rmsprop(3e-3, 0.9, 1e-3), gradients())
     found = identify(params, gradients())
@@ -273,6 +274,7 @@ def test_complex_numbers_and_trees():
     assert found[0].call == "dialects.torch(0.01, alpha=0.9, eps=0.001)"
 
 
+@pytest.mark.slow
 def test_an_array_with_settings_of_its_own_is_not_passed_over():
     """Few numbers of it are among those that are fitted."""
     g = np.random.default_rng(0).normal(size=(STEPS, 3000)).astype(np.float32)
