@@ -133,9 +133,11 @@ class Recorder:
                 f"the recording must have at least {LEAST_STEPS} steps, got "
                 f"{len(self._after)}; take more of them within `with`"
             )
-        names = self._before[0].keys()
+        # A last step that raised an error was not taken.
+        taken = self._before[: len(self._after)]
+        names = taken[0].keys()
         for step, (before, last) in enumerate(
-            zip(self._before[1:], self._after[:-1], strict=True), start=1
+            zip(taken[1:], self._after[:-1], strict=True), start=1
         ):
             if before.keys() != names:
                 raise ValueError(
@@ -151,9 +153,9 @@ class Recorder:
                     )
         last = self._after[-1]
         return Recording(
-            {n: np.stack([*(b[n][0] for b in self._before), last[n]]) for n in names},
+            {n: np.stack([*(b[n][0] for b in taken), last[n]]) for n in names},
             {n: np.stack([b[n][1] for b in self._before]) for n in names},
-            np.array(self._rates),
+            np.array(self._rates[: len(taken)]),
         )
 
     def save(self, file: str | PathLike[str]) -> None:

@@ -1,5 +1,6 @@
 """Runs of torch, Keras and JAX are recorded, saved, loaded and identified."""
 
+import contextlib
 import functools
 import zipfile
 
@@ -231,6 +232,16 @@ def test_what_torch_must_not_do_while_it_is_recorded():
     with pytest.raises(ValueError, match="changed between the steps 5 and 6"):
         recorder.recording  # noqa: B018
     assert not optimizer._optimizer_step_pre_hooks
+    optimizer = torch.optim.RMSprop(layers[1].parameters())
+    with record(optimizer) as recorder:
+        for step in range(13):
+            for p in layers[1].parameters():
+                p.grad = torch.ones_like(p)
+            (group,) = optimizer.param_groups
+            group["eps"] = None if step in (4, 12) else 1e-8
+            with contextlib.suppress(TypeError):  # of a step that is not taken
+                optimizer.step()
+    assert recorder.recording.params["param_groups[0][0]"].shape == (12, 4)
     assert not optimizer._optimizer_step_post_hooks
 
 
