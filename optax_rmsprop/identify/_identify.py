@@ -268,10 +268,17 @@ def parted(whole: Run, fit: Fit) -> str:
         numbers = Numbers(*(np.full((1, 1), x) for x in fit.numbers.values()))
         predicted, sizes = predict(fit.form, run, numbers)
         steps, scale = predicted[:, 0], rounding(sizes[:, 0], run)
-    difference = np.abs(steps - run.moved) / scale
+    return _first_part(steps, scale, run)
+
+
+def _first_part(steps: np.ndarray, scale: np.ndarray, run: Run) -> str:
+    """The first step that differs by more than rounding, or ""."""
     for step, i in np.argwhere(parts(steps, scale, run))[:1]:
-        size = f"by {difference[step, i]:.0f} roundings"
-        return f"first at step {step} (the first is 0) in {run.leaves[i]}, {size}"
+        size = abs(steps[step, i] - run.moved[step, i]) / scale[step, i]
+        return (
+            f"first at step {step} (the first is 0) in {run.leaves[i]}, by {size:.0f} "
+            "roundings"
+        )
     return ""
 
 
@@ -343,11 +350,8 @@ def findings_of(whole: Run, explanation: Explanation) -> Findings:
 def _reasons(whole: Run, fits: list[Fit]) -> list[str]:
     """Where the best fit differs, and what the run may be."""
     best, reasons = fits[0], []
-    for step, i in np.argwhere(parts(best.steps, best.scale, best.run))[:1]:
-        reasons.append(
-            f"The nearest differs first at step {step} (the first is 0) in "
-            f"{best.run.leaves[i]}, by {abs(best.residual[step, i]):.0f} roundings."
-        )
+    if where := _first_part(best.steps, best.scale, best.run):
+        reasons.append(f"The nearest differs {where}.")
     if best.error <= WITHIN_ROUNDING and _decays_twice(best):
         reasons.append("It needs weight decay of both kinds, which no RMSprop has.")
     else:

@@ -154,7 +154,7 @@ class Recorder:
         last = self._after[-1]
         return Recording(
             {n: np.stack([*(b[n][0] for b in taken), last[n]]) for n in names},
-            {n: np.stack([b[n][1] for b in self._before]) for n in names},
+            {n: np.stack([b[n][1] for b in taken]) for n in names},
             np.array(self._rates[: len(taken)]),
         )
 
@@ -218,13 +218,13 @@ def record(
                     "`optimizer.step` must be called without a closure while it is "
                     "recorded; call backward() before it"
                 )
+            now.clear()  # of a step that raised an error
             now.update(_torch_group(optimizer, number))
             rate = optimizer.param_groups[number]["lr"]
             recorder._note_before({n: (p, p.grad) for n, p in now.items()}, rate)
 
         def after(*_: Any) -> None:
             recorder._note_after(now)
-            now.clear()
 
         hooks = [
             optimizer.register_step_pre_hook(before),

@@ -241,7 +241,10 @@ def test_what_torch_must_not_do_while_it_is_recorded():
             group["eps"] = None if step in (4, 12) else 1e-8
             with contextlib.suppress(TypeError):  # of a step that is not taken
                 optimizer.step()
-    assert recorder.recording.params["param_groups[0][0]"].shape == (12, 4)
+    params, grads, rates = recorder.recording
+    assert params["param_groups[0][0]"].shape == (12, 4)
+    assert grads["param_groups[0][0]"].shape == (11, 4)
+    assert rates.shape == (11,)
     assert not optimizer._optimizer_step_post_hooks
 
 
