@@ -14,7 +14,6 @@ from optax_rmsprop.identify._identify import identified
 from optax_rmsprop.identify._model import Form
 from optax_rmsprop.identify._recording import load
 
-Forms = list[Form]
 SUFFIXES = ".png", ".pdf", ".svg"
 
 
@@ -60,16 +59,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if found else 1
 
 
-def _with_bar(forms: list[Forms]) -> Iterator[Forms]:
-    """The groups of forms, with a bar of those that were tried, on a terminal."""
+def _with_bar(forms: list[Form]) -> Iterator[Form]:
+    """The forms, with a bar of those that were tried, on a terminal."""
     width = 40 if sys.stderr.isatty() else 0
     for i, form in enumerate(forms):
         if width:
             done = width * i // len(forms)
             bar = "#" * done + "-" * (width - done)
-            print(
-                f"\r{bar} {i} of {len(forms)} kinds of forms", end="", file=sys.stderr
-            )
+            print(f"\r{bar} {i} of {len(forms)} forms", end="", file=sys.stderr)
         yield form
     if width:
         print("\r\033[K", end="", file=sys.stderr, flush=True)

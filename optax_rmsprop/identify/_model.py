@@ -10,7 +10,7 @@ has no cancellation (Squire and Trapp, Using complex variables to estimate deriv
 of real functions, 1998).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,19 +21,16 @@ TINY = 1e-300
 
 
 class Form(NamedTuple):
-    """What an RMSprop does one way or the other.
-
-    The last three may be arrays of shape (K, 1), for variants of several forms.
-    """
+    """What an RMSprop does one way or the other."""
 
     centered: bool = False
     eps_in_sqrt: bool = False
     bias_correction: bool = False
     maximize: bool = False
     adam: bool = False  # momentum averages gradients, before the division
-    nesterov: Any = False
-    lr_in_momentum: Any = False
-    corrected: Any = False  # decoupled decay times lr / (greatest lr), as timm has it
+    nesterov: bool = False
+    lr_in_momentum: bool = False
+    corrected: bool = False  # decoupled decay times lr / (greatest lr), as timm has it
 
 
 class Numbers(NamedTuple):
@@ -66,61 +63,74 @@ def predict(
     For complex numbers they are 0.
     """
     n = numbers
+    taken = np.flatnonzero(~run.skipped)
     given = (*n, *(slots or ()))
     shape = np.broadcast_shapes(*map(np.shape, given), (1, run.params.shape[1]))
-    kind = np.result_type(*given)
-    square, mean, buffer = slots or (n.initial, np.zeros(shape), np.zeros(shape))
-    square = square + np.zeros(shape, kind)
-    sign = -1.0 if form.maximize else 1.0
-    greatest_rate = np.max(run.rates) * n.rate
-    steps = np.zeros((len(run.grads), *shape), kind)
+    steps = np.zeros((len(run.grads), *shape), np.result_type(*given))
     sizes = np.zeros((len(run.grads), *shape))
-    size, cancelled = np.zeros(shape), 1.0
     is_real = sizes.dtype == steps.dtype
-    count = 0
-    for t in range(len(run.grads)):
-        if run.skipped[t]:
-            continue
-        count += 1
-        decay = n.l2 * run.params[t]
-        g = sign * run.grads[t] + decay
-        weight = 1 - n.decay
+    params, grads = run.params[taken, None], run.grads[taken, None]
+    square, mean, buffer = slots or (n.initial, 0.0, 0.0)
+
+    decay = n.l2 * params
+    g = (-grads if form.maximize else grads) + decay
+    count = np.arange(1, len(taken) + 1)[:, None, None]
+    weight = (1 - n.decay) / (1 - n.decay**count if form.bias_correction else 1.0)
+    weight = np.broadcast_to(weight, (len(taken), *weight.shape[-2:]))
+    kept, cancelled = 1 - weight, 1.0
+    if form.centered:
+        means = _recur(mean, kept, weight * g)
+        # The decay of the first corrected step is 0, and so is g - mean.
+        divisor = np.where(form.bias_correction & (count == 1), 1.0, kept)
+        squares = _recur(square, kept, weight / divisor * (g - means) ** 2)
+        if is_real:  # torch subtracts mean² from the average of squares
+            cancelled = 1 + means**2 / (squares + n.eps**2 + TINY)
+    else:
+        squares = _recur(square, kept, weight * (g * g))
+    if form.eps_in_sqrt:
+        root = _sqrt(squares + (n.eps + TINY))
+    else:
+        root = _sqrt(squares + TINY) + n.eps
+
+    rate = run.rates[taken, None, None] * n.rate
+    inside, outside = (rate, 1.0) if form.lr_in_momentum else (1.0, rate)
+    shrink = rate * n.decoupled
+    if form.corrected:
+        shrink = shrink * rate / (np.max(run.rates) * n.rate)
+    momentum = np.broadcast_to(n.momentum, (len(taken), *n.momentum.shape))
+    if form.adam:
+        step = _recur(buffer, momentum, (1 - n.momentum) * g) / root
         if form.bias_correction:
-            weight = weight / (1 - n.decay**count)
-        if form.centered:
-            mean = mean + weight * (g - mean)
-            # The decay of the first corrected step is 0, and so is g - mean.
-            kept = 1.0 if form.bias_correction and count == 1 else 1 - weight
-            square = (1 - weight) * square + weight / kept * (g - mean) ** 2
-            if is_real:  # torch subtracts mean² from the average of squares
-                cancelled = 1 + mean**2 / (square + n.eps**2 + TINY)
-        else:
-            square = (1 - weight) * square + weight * g * g
-        if form.eps_in_sqrt:
-            root = _sqrt(square + n.eps + TINY)
-        else:
-            root = _sqrt(square + TINY) + n.eps
-        rate = run.rates[t] * n.rate
-        inside = np.where(form.lr_in_momentum, rate, 1.0)
-        outside = np.where(form.lr_in_momentum, 1.0, rate)
-        if form.adam:
-            buffer = n.momentum * buffer + (1 - n.momentum) * g
-            step = buffer / root
-            if form.bias_correction:
-                step = step / (1 - n.momentum**count)
-            unit = step
-        else:
-            unit = inside * g / root
-            buffer = n.momentum * buffer + unit
-            step = np.where(form.nesterov, n.momentum * buffer + unit, buffer)
-        shrink = rate * n.decoupled
-        shrink = shrink * np.where(form.corrected, rate / greatest_rate, 1.0)
-        steps[t] = -(outside * step + shrink * run.params[t])
-        if is_real:
-            summed = (np.abs(run.grads[t]) + np.abs(decay)) / (np.abs(g) + TINY)
-            size = n.momentum * size + np.abs(unit) * cancelled * summed
-            sizes[t] = outside * size + np.abs(shrink * run.params[t])
+            step = step / (1 - n.momentum**count)
+        unit = step
+    else:
+        unit = inside * g / root
+        step = _recur(buffer, momentum, unit)
+        if form.nesterov:
+            step = n.momentum * step + unit
+    steps[taken] = -(outside * step + shrink * params)
+    if is_real:
+        summed = (np.abs(grads) + np.abs(decay)) / (np.abs(g) + TINY)
+        size = _recur(0.0, momentum, np.abs(unit) * cancelled * summed)
+        sizes[taken] = outside * size + np.abs(shrink * params)
     return steps, sizes
+
+
+def _recur(
+    first: np.ndarray | float, kept: np.ndarray, added: np.ndarray
+) -> np.ndarray:
+    """x <- kept * x + added from a first x, after each of the steps on the first axis.
+
+    The only loop over steps: all else is computed for all of them at once.
+    """
+    kind = np.result_type(first, kept, added)
+    shape = np.broadcast_shapes(np.shape(first), kept.shape[1:], added.shape[1:])
+    results = np.empty((len(added), *shape), kind)
+    for one, other, result in zip(kept, added, results, strict=True):
+        np.multiply(one, first, out=result)
+        result += other
+        first = result
+    return results
 
 
 def _sqrt(x: np.ndarray) -> np.ndarray:

@@ -23,11 +23,9 @@ STEPS = 30
 GRID = (0.5, 0.9, 0.99, 0.999), (0.0, 0.5, 0.9), (1e-3, 0.1, 3.0), (0.0, 1.0)
 STARTS = 3
 ITERATIONS = 12
-# The first switches of a form, which change the moments.
-MOMENTS = Form._fields.index("nesterov")
 
 # What is put around a loop over forms.
-Progress = Callable[[list[list[Form]]], Iterable[list[Form]]]
+Progress = Callable[[list[Form]], Iterable[Form]]
 
 
 class Rough(NamedTuple):
@@ -82,36 +80,29 @@ def roughly(
     counts = np.arange(len(run.grads)) >= (0 if from_start else len(run.grads) // 3)
     weight = counts[:, None] / np.sqrt(np.mean(run.moved**2, axis=0))
     part = _Part(run, weight, from_start, rate_is_known)
-    # Forms with the same moments are fitted together.
-    by_moments = itertools.groupby(forms, lambda form: form[:MOMENTS])
-    groups = [list(group) for _, group in by_moments]
-    found: dict[Form, Rough] = {}
-    for group in progress(groups):
-        for rough in _fitted(part, group, _from_grid(part, group)):
-            found[rough.form] = rough
+    among = list(forms)
+    found = {
+        form: _fitted(part, form, _from_grid(part, form)) for form in progress(among)
+    }
     best = sorted(found.values(), key=lambda rough: rough.cost)[:STARTS]
-    for group in groups:
-        for rough in _fitted(part, group, _from_others(best, group)):
-            if rough.cost < found[rough.form].cost:
-                found[rough.form] = rough
+    for form in among:
+        again = _fitted(part, form, _from_others(best, form))
+        found[form] = min(found[form], again, key=lambda rough: rough.cost)
     return sorted(found.values(), key=lambda rough: rough.cost)
 
 
-def _from_grid(part: _Part, group: list[Form]) -> Numbers:
-    """The best points of the grid for each form, STARTS for each, of shape (P, 1)."""
-    run, first, weight = part.run, group[0], part.weight
-    initials = (0.0,) if first.bias_correction or not part.from_start else (0.0, 1.0)
+def _from_grid(part: _Part, form: Form) -> Numbers:
+    """The best points of the grid, of shape (STARTS, 1)."""
+    run, weight = part.run, part.weight
+    initials = (0.0,) if form.bias_correction or not part.from_start else (0.0, 1.0)
     points = np.array(list(itertools.product(*GRID, initials)))
-    decay, momentum, eps, l2, initial = (
-        np.tile(column, len(group))[:, None] for column in points.T
-    )
+    decay, momentum, eps, l2, initial = points.T[:, :, None]
     root = np.sqrt(np.median(run.grads[run.grads != 0] ** 2))
-    eps = (eps * root) ** (2 if first.eps_in_sqrt else 1)
+    eps = (eps * root) ** (2 if form.eps_in_sqrt else 1)
     l2 = l2 * root / max(np.median(np.abs(run.params)), 1e-30)
     one = np.ones_like(decay)
     numbers = Numbers(one, decay, eps, momentum, l2, 0 * one, initial)
-    form = _together(group, len(points))
-    steps, _ = predict(form, run, numbers, part.slots(first))
+    steps, _ = predict(form, run, numbers, part.slots(form))
     steps, moved = steps * weight[:, None], part.moved[:, None]
     if not part.rate_is_known:
         most = np.maximum(np.sum(steps**2, axis=(0, 2)), 1e-300)
@@ -125,18 +116,15 @@ def _from_grid(part: _Part, group: list[Form]) -> Numbers:
     errors = np.sum(
         (steps + numbers.rate * decoupled * shrunk - moved) ** 2, axis=(0, 2)
     )
-    best = np.argsort(errors.reshape(len(group), -1))[:, :STARTS]
-    best = (best + len(points) * np.arange(len(group))[:, None]).ravel()
+    best = np.argsort(errors)[:STARTS]
     return Numbers(*(x[best] for x in numbers._replace(decoupled=decoupled)))
 
 
-def _from_others(best: list[Rough], group: list[Form]) -> Numbers:
-    """The numbers that other forms have found, for each form of the group."""
-    rows = [
-        [*converted(rough.form, rough.numbers, group[0]).values()] for rough in best
-    ]
+def _from_others(best: list[Rough], form: Form) -> Numbers:
+    """The numbers that other forms have found, of shape (STARTS, 1)."""
+    rows = [[*converted(rough.form, rough.numbers, form).values()] for rough in best]
     rows += rows[:1] * (STARTS - len(rows))
-    return Numbers(*np.tile(np.array(rows), (len(group), 1)).T[:, :, None])
+    return Numbers(*np.array(rows).T[:, :, None])
 
 
 def converted(form: Form, numbers: dict[str, float], other: Form) -> dict[str, float]:
@@ -145,15 +133,14 @@ def converted(form: Form, numbers: dict[str, float], other: Form) -> dict[str, f
     return numbers | {"eps": numbers["eps"] ** power}
 
 
-def _fitted(part: _Part, group: list[Form], first: Numbers) -> list[Rough]:
-    """The best fit of each form, from STARTS points for each."""
-    free = free_numbers(group[0], part.rate_is_known, part.from_start)
+def _fitted(part: _Part, form: Form, first: Numbers) -> Rough:
+    """The best fit of a form, from STARTS points."""
+    free = free_numbers(form, part.rate_is_known, part.from_start)
     if "initial" not in free:
         first = first._replace(initial=0 * first.initial)
     # A derivative by momentum is 0 where there is none to look ahead with.
     first = first._replace(momentum=np.maximum(first.momentum, 0.01))
-    form = _together(group, STARTS * len(free))
-    slots = part.slots(group[0])
+    slots = part.slots(form)
 
     def slopes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The differences of each problem, (P, M), and derivatives, (P, F, M)."""
@@ -173,20 +160,11 @@ def _fitted(part: _Part, group: list[Form], first: Numbers) -> list[Rough]:
     eps = free.index("eps")
     low[eps] = np.min(x[:, eps]) - 5
     x, cost = descend(slopes, x, low, high, ITERATIONS)
-    found = []
-    for i, one in enumerate(group):
-        k = i * STARTS + int(np.argmin(cost[i * STARTS : (i + 1) * STARTS]))
-        numbers = {n: float(getattr(first, n)[k, 0]) for n in Numbers._fields}
-        for name, value in zip(free, x[k], strict=True):
-            numbers[name] = float(VARIABLES[name][0](value))
-        found.append(Rough(one, numbers, tuple(free), float(cost[k])))
-    return found
-
-
-def _together(forms: list[Form], each: int) -> Form:
-    """One form whose last switches are arrays, `each` variants for each form."""
-    rows = np.repeat(np.array([form[MOMENTS:] for form in forms]), each, axis=0)
-    return Form(*forms[0][:MOMENTS], *rows.T[:, :, None])
+    k = int(np.argmin(cost))
+    numbers = {name: float(getattr(first, name)[k, 0]) for name in Numbers._fields}
+    for name, value in zip(free, x[k], strict=True):
+        numbers[name] = float(VARIABLES[name][0](value))
+    return Rough(form, numbers, tuple(free), float(cost[k]))
 
 
 def free_numbers(form: Form, rate_is_known: bool, from_start: bool) -> list[str]:

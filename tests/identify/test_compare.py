@@ -29,17 +29,11 @@ def test_the_same_numbers():
 
 
 CAUSES = {
-    "eps under the root, but the recording has eps outside the root": rmsprop(
-        rate, 0.9, 1e-2, momentum=0.9, eps_in_sqrt=True
-    ),
     "the learning rate inside the momentum buffer, but the recording has the learning "
     "rate outside the momentum buffer": rmsprop(
         rate, 0.9, 1e-2, momentum=0.9, lr_in_momentum=True
     ),
     "decay 0.99, but the recording has 0.9": rmsprop(rate, 0.99, 1e-2, momentum=0.9),
-    "initial average of squares 1, but the recording has 0": rmsprop(
-        rate, 0.9, 1e-2, momentum=0.9, initial_scale=1.0
-    ),
 }
 
 
@@ -49,11 +43,9 @@ def test_a_single_cause(cause):
     other = compare(CAUSES[cause], {"w": TORCH}, {"w": G}, RATES)
     assert not other.same
     assert other.causes == (cause,)
-    assert (
-        (other.step, other.leaf) == (0, "['w']")
-        or "order" in cause
-        or "inside" in cause
-    )
+    assert other.leaf == "['w']"
+    # Under a rate that changes, the order of rate and momentum shows a step later.
+    assert other.step == ("inside" in cause)
     assert other.found[0].call.startswith("dialects.torch(learning_rate, alpha=0.9")
     assert cause in str(other)
 

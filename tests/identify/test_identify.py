@@ -15,6 +15,8 @@ import reference
 from helpers import slow_but
 from optax_rmsprop import dialects, rmsprop
 from optax_rmsprop.identify import identify
+from optax_rmsprop.identify._hints import hint
+from optax_rmsprop.identify._run import whole_run
 from peers.record import KEPT, problem
 
 RECORDED = Path(__file__).parents[1] / "peers" / "recorded"
@@ -49,10 +51,10 @@ def recording(tx, g, p=None, dtype=jnp.float32):
     if p is None:
         p = np.random.default_rng(7).normal(size=g.shape[1:])
     p = jnp.asarray(p, dtype)
-    state, history = tx.init(p), [np.asarray(p)]
+    state, history, update = tx.init(p), [np.asarray(p)], jax.jit(tx.update)
     for gradient in jnp.asarray(g, dtype):
         with jax.numpy_dtype_promotion("standard"):  # optax's need it
-            updates, state = tx.update(gradient, state, p)
+            updates, state = update(gradient, state, p)
         p = optax.apply_updates(p, updates)
         history.append(np.asarray(p))
     return np.stack(history)
@@ -324,13 +326,11 @@ def test_a_schedule_that_counts_only_the_steps_that_were_taken():
 OTHERS = {
     "adamw": optax.adamw(1e-2),
     "sgd": optax.sgd(1e-1, momentum=0.9),
-    "lion": optax.lion(1e-3),
     "clipped": optax.chain(optax.clip_by_global_norm(2.0), rmsprop(1e-2, eps=1e-3)),
 }
 HINTS = {
     "adamw": "Adam",
     "sgd": "gradient descent",
-    "lion": "Lion",
     "clipped": "clipped to a norm of 2 ",
 }
 
@@ -343,6 +343,12 @@ def test_none_of_these(name):
     assert len(found) == 0
     assert "none of these" in str(found)
     assert HINTS.get(name, "differs first at step") in str(found)
+
+
+def test_equally_long_steps_are_lions():
+    g = gradients()
+    run = whole_run(recording(optax.lion(1e-3), g), g, 1e-3)
+    assert "Lion" in hint(run, [])
 
 
 @pytest.mark.slow
