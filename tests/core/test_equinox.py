@@ -42,7 +42,11 @@ def matrices(params):
 
 
 # A tree of booleans in the model's own form, which is callable as the model is.
-MASK = matrices(eqx.filter(model().mlp, eqx.is_inexact_array))
+MASK = matrices(
+    eqx.filter(
+        eqx.filter_eval_shape(model).mlp, lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    )
+)
 
 TRANSFORMATIONS = {
     "mask": rmsprop(LR, weight_decay=0.1, weight_decay_mask=matrices),
