@@ -18,10 +18,10 @@ from optax_rmsprop.identify._run import Run
 
 COORDINATES = 16
 STEPS = 30
-# Decay, momentum, eps in units of the median gradient, and a weight decay that adds
+# Eps in units of the median gradient, decay, momentum, and a weight decay that adds
 # this fraction of the median gradient.
-GRID = (0.5, 0.9, 0.99, 0.999), (0.0, 0.5, 0.9), (1e-3, 0.1, 3.0), (0.0, 1.0)
-STARTS = 3
+GRID = (1e-3, 0.1, 3.0), (0.5, 0.9, 0.99, 0.999), (0.0, 0.5, 0.9), (0.0, 1.0)
+STARTS = len(GRID[0])
 ITERATIONS = 12
 
 # What is put around a loop over forms.
@@ -92,11 +92,14 @@ def roughly(
 
 
 def _from_grid(part: _Part, form: Form) -> Numbers:
-    """The best points of the grid, of shape (STARTS, 1)."""
+    """The best point of the grid for each eps, of shape (STARTS, 1).
+
+    From an eps that is too large, where steps are too short, the way is often blocked.
+    """
     run, weight = part.run, part.weight
     initials = (0.0,) if form.bias_correction or not part.from_start else (0.0, 1.0)
     points = np.array(list(itertools.product(*GRID, initials)))
-    decay, momentum, eps, l2, initial = points.T[:, :, None]
+    eps, decay, momentum, l2, initial = points.T[:, :, None]
     root = np.sqrt(np.median(run.grads[run.grads != 0] ** 2))
     eps = (eps * root) ** (2 if form.eps_in_sqrt else 1)
     l2 = l2 * root / max(np.median(np.abs(run.params)), 1e-30)
@@ -116,7 +119,8 @@ def _from_grid(part: _Part, form: Form) -> Numbers:
     errors = np.sum(
         (steps + numbers.rate * decoupled * shrunk - moved) ** 2, axis=(0, 2)
     )
-    best = np.argsort(errors)[:STARTS]
+    each = errors.reshape(len(GRID[0]), -1)
+    best = np.argmin(each, axis=1) + each.shape[1] * np.arange(len(each))
     return Numbers(*(x[best] for x in numbers._replace(decoupled=decoupled)))
 
 

@@ -163,6 +163,9 @@ SETTINGS_SEEN = [
     # So much weight decay that the steps follow the gradients no longer.
     {"decay": 0.81, "eps": 1e-4, "weight_decay": 0.3, "centered": True}
     | {"bias_correction": True},
+    # A first step of g/eps, which momentum keeps: no eps far off leads back.
+    {"decay": 0.817, "eps": 5.77e-4, "momentum": 0.9, "weight_decay": 0.205}
+    | {"centered": True, "bias_correction": True, "lr_in_momentum": True},
 ]
 
 
