@@ -101,8 +101,18 @@ def _from_grid(part: _Part, form: Form) -> Numbers:
     points = np.array(list(itertools.product(*GRID, initials)))
     eps, decay, momentum, l2, initial = points.T[:, :, None]
     root = np.sqrt(np.median(run.grads[run.grads != 0] ** 2))
-    eps = (eps * root) ** (2 if form.eps_in_sqrt else 1)
+    narrow, eps = eps**0.1, eps * root  # 0.5, 0.8 and 1.1
     l2 = l2 * root / max(np.median(np.abs(run.params)), 1e-30)
+    if form.centered and form.bias_correction and part.from_start:
+        # The first deviation is 0. So the first step is (g + l2 * p) / eps, which tells
+        # both. It may be 1000 times the others, which then tell little else.
+        at = np.argmax(~run.skipped)
+        terms = np.stack([run.grads[at] * (-1) ** form.maximize, run.params[at]])
+        terms, first = -run.rates[at] * terms * weight[at], part.moved[at]
+        inverse, both = np.maximum(np.linalg.lstsq(terms.T, first)[0], 1e-30)
+        eps = narrow * np.where(form.nesterov, 1 + momentum, 1.0) / inverse
+        l2 = np.full_like(l2, both / inverse)
+    eps = eps ** (2 if form.eps_in_sqrt else 1)
     one = np.ones_like(decay)
     numbers = Numbers(one, decay, eps, momentum, l2, 0 * one, initial)
     steps, _ = predict(form, run, numbers, part.slots(form))

@@ -16,7 +16,9 @@ from helpers import slow_but
 from optax_rmsprop import dialects, rmsprop
 from optax_rmsprop.identify import identify
 from optax_rmsprop.identify._hints import hint
-from optax_rmsprop.identify._run import whole_run
+from optax_rmsprop.identify._model import Form
+from optax_rmsprop.identify._rough import roughly
+from optax_rmsprop.identify._run import chosen, whole_run
 from peers.record import KEPT, problem
 
 RECORDED = Path(__file__).parents[1] / "peers" / "recorded"
@@ -163,9 +165,6 @@ SETTINGS_SEEN = [
     # So much weight decay that the steps follow the gradients no longer.
     {"decay": 0.81, "eps": 1e-4, "weight_decay": 0.3, "centered": True}
     | {"bias_correction": True},
-    # A first step of g/eps, which momentum keeps: no eps far off leads back.
-    {"decay": 0.817, "eps": 5.77e-4, "momentum": 0.9, "weight_decay": 0.205}
-    | {"centered": True, "bias_correction": True, "lr_in_momentum": True},
 ]
 
 
@@ -184,6 +183,17 @@ def test_settings_are_found(options):
     assert_found(found, options)
     # The call is short: its decimals are those that were given.
     assert len(found[0].call) < 140, found[0].call
+
+
+def test_a_first_step_that_is_1000_times_the_others_tells_eps():
+    """A centered and corrected average is 0 at first, and momentum keeps g/eps."""
+    form = {"centered": True, "bias_correction": True, "nesterov": True}
+    numbers = {"decay": 0.89, "eps": 1.41e-4, "momentum": 0.9, "weight_decay": 0.246}
+    params, g = by_reference(varying(), **form, **numbers)
+    run = chosen(whole_run(params, g, varying()))
+    (found,) = roughly(run, [Form(**form)], rate_is_known=True, from_start=True)
+    assert found.numbers["eps"] == pytest.approx(numbers["eps"], rel=1e-3)
+    assert found.numbers["l2"] == pytest.approx(numbers["weight_decay"], rel=1e-3)
 
 
 @pytest.mark.slow
