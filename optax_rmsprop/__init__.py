@@ -1,4 +1,38 @@
-"""RMSprop for JAX: torch's numbers, never NaN, at home in optax."""
+"""RMSprop for JAX: torch's numbers, never NaN, at home in optax.
+
+The optimizer and its parts, which are optax transformations:
+
+    rmsprop                     the optimizer, with torch's defaults
+    dialects                    a folder with the RMSprop of each framework, by its call
+    scale_by_rms                g / (√ν + eps); its state is a ScaleByRmsState
+    scale_by_stddev             the same, centered; its state is a ScaleByStddevState
+    trace                       momentum (optax's own)
+    add_decayed_weights         weight decay (optax's own)
+
+For any optax transformation, in the folder wrappers:
+
+    compress_state              a state of one or two bytes per number, CompressedState
+    decompress_state            the state itself again
+    stochastic_apply_updates    adds updates to 16-bit parameters, rounded at random
+    state_shardings             where a state belongs on a mesh of devices
+    check_state_shardings       whether it is there
+
+For a run of another framework, in the folder carry:
+
+    from_torch                  a run of torch in JAX; the result is a TorchRun
+    from_torch_checkpoint       the same from a saved run
+    from_keras                  the same from Keras 3
+    from_optax                  the state of optax's own RMSprop as ours
+    to_torch                    back to torch
+    torch_layers                the usual layers of torch in Flax's layouts
+
+What a run did:
+
+    diagnose                    a state's effective step sizes, as a Diagnosis
+    identify                    a folder: which RMSprop made recorded numbers
+
+The folders have more; help(optax_rmsprop.wrappers) lists it.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -87,17 +121,20 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # The core alone takes 3 ms to import. A longer import would often trigger Python's
-    # garbage collection of all of optax's objects, which is due soon after optax's
-    # import and takes 50 ms.
-    if name in _FOLDERS:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name in _LAZY:
-        module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
-        return getattr(module, "Run" if name == "TorchRun" else name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Hidden from type checkers, which would take any misspelt name for one that it makes.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        # The core alone takes 3 ms to import. A longer import would often trigger
+        # Python's garbage collection of all of optax's objects, which is due soon after
+        # optax's import and takes 50 ms.
+        if name in _FOLDERS:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name in _LAZY:
+            module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
+            return getattr(module, "Run" if name == "TorchRun" else name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return list(__all__)

@@ -132,7 +132,9 @@ def test_every_argument_is_explained(function):
 
 def test_public_names():
     assert optax_rmsprop.__all__ == sorted(optax_rmsprop.__all__)
-    assert set(optax_rmsprop.__all__) <= set(dir(optax_rmsprop))
+    assert dir(optax_rmsprop) == optax_rmsprop.__all__
+    words = re.findall(r"\w+", optax_rmsprop.__doc__)
+    assert set(optax_rmsprop.__all__) <= set(words)
     assert set(optax_rmsprop.__all__) == {
         "CompressedState",
         "Diagnosis",
