@@ -50,7 +50,8 @@ def _trials(run: Run, fits: list[Fit]) -> Iterator[tuple[Fit, str]]:
         yield (
             descent,
             "the steps are proportional to the gradients: this is gradient descent, "
-            f"momentum {descent.numbers['momentum']:.4g}, or eps is far above them",
+            f"momentum {round(descent.numbers['momentum'], 4):g}, or eps is far above "
+            "them",
         )
     found = _best(run, forms(run, True))
     yield found, _scaled(found, "rate" not in fits[0].free)

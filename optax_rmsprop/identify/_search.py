@@ -72,7 +72,7 @@ def gradient_descent(run: Run) -> Fit | None:
 
     It is the limit of RMSprop for a large eps, which then explains the run too.
     """
-    eps = 1e6 * np.max(np.abs(run.grads))
+    eps = 1e20 * np.max(np.abs(run.grads))
     rate = np.sum(np.abs(run.moved)) / np.sum(np.abs(run.grads)) / np.mean(run.rates)
     first = dict.fromkeys(Numbers._fields, 0.0) | {"decay": 0.5, "eps": eps}
     for ascends, momentum in itertools.product((False, True), (0.0, 0.5, 0.9)):

@@ -1,5 +1,6 @@
 """identify finds the implementation and its settings, or says that there is none."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -356,6 +357,13 @@ def test_none_of_these(name):
     assert len(found) == 0
     assert "none of these" in str(found)
     assert HINTS.get(name, "differs first at step") in str(found)
+
+
+def test_gradient_descent_is_seen_in_float64_too():
+    g = gradients().astype(np.float64)
+    steps = itertools.accumulate(g, lambda p, x: p - 0.1 * x, initial=g[0])
+    run = whole_run(np.stack([*steps]), g, 0.1)
+    assert "gradient descent, momentum 0," in hint(run, [])
 
 
 def test_equally_long_steps_are_lions():
