@@ -109,9 +109,11 @@ def _from_grid(part: _Part, form: Form) -> Numbers:
         at = np.argmax(~run.skipped)
         terms = np.stack([run.grads[at] * (-1) ** form.maximize, run.params[at]])
         terms, first = -run.rates[at] * terms * weight[at], part.moved[at]
-        inverse, both = np.maximum(np.linalg.lstsq(terms.T, first)[0], 1e-30)
-        eps = narrow * np.where(form.nesterov, 1 + momentum, 1.0) / inverse
-        l2 = np.full_like(l2, both / inverse)
+        known = np.all(np.isfinite(terms))  # a coordinate may not move at all
+        inverse, both = np.linalg.lstsq(terms.T, first)[0] if known else (0.0, 0.0)
+        if inverse > 0:
+            eps = narrow * np.where(form.nesterov, 1 + momentum, 1.0) / inverse
+            l2 = np.full_like(l2, max(both / inverse, 0.0))
     eps = eps ** (2 if form.eps_in_sqrt else 1)
     one = np.ones_like(decay)
     numbers = Numbers(one, decay, eps, momentum, l2, 0 * one, initial)

@@ -197,6 +197,15 @@ def test_a_first_step_that_is_1000_times_the_others_tells_eps():
     assert found.numbers["l2"] == pytest.approx(numbers["weight_decay"], rel=1e-3)
 
 
+def test_a_warm_up_from_0_has_no_first_step_to_tell_eps():
+    form = {"centered": True, "bias_correction": True}
+    rates = varying() * np.minimum(np.arange(STEPS) / 10, 1)
+    params, g = by_reference(rates, decay=0.9, eps=1e-2, **form)
+    run = chosen(whole_run(params, g, rates))
+    (found,) = roughly(run, [Form(**form)], rate_is_known=True, from_start=True)
+    assert found.numbers["eps"] == pytest.approx(1e-2, rel=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_parameters_of_16_bits(dtype):
