@@ -84,7 +84,8 @@ def compile_step(device, tx, shape=SHAPE):
 
 
 ITEM_BYTES = {
-    **{"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u16": 2, "u8": 1, "pred": 1},
+    **{"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "s16": 2, "u16": 2},
+    **{"s8": 1, "u8": 1, "pred": 1},
     "token": 0,
 }
 NO_TRAFFIC = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}

@@ -1,42 +1,39 @@
-"""8-bit codes for the numbers of an array, with one exponent for the whole array.
+"""8-bit codes for the numbers of an array, with a format for each of its rows.
 
-The magnitude of a number x is stored as an integer level k. Levels and numbers are
-related by the transform of Box and Cox (1964), with an exponent e for the array:
+Levels are evenly spaced, in the logarithm, between the smallest and the largest number
+of a row. There are n of them to an octave, and they divide it evenly:
 
-    k(x) = ((1 + |x|/2ᵉ)^λ - 1)/λ
-    x(k) = 2ᵉ((1 + λk)^(1/λ) - 1)
+    level(i) = 2ᵒ (1 + r/n)             o = ⌊i/n⌋, r = i - n o
 
-Levels near 0 are 2ᵉ apart. Further up, their distance grows with x, and grows less than
-x itself: the larger a number is, the smaller is its relative rounding error. `encode`
-rounds k(x), up or down at random, so that the mean of the result is k(x).
+The code of a number has k, by how many levels it lies above the lowest level of its
+row. The row's format has n and the index i of the lowest level. With n = 4 and i = 0,
 
-The power is not exact: it is computed from the bits of the float (`_power` below, after
-Blinn 1997). This makes k(x) a straight line between neighbouring levels, so rounding
-that is unbiased in k is unbiased in x too. With λ = 1/8 and e = 0 the first levels are
+    k         0   1     2    3     4   5    6   7    8
+    level(k)  1   1.25  1.5  1.75  2   2.5  3   3.5  4
 
-    k     0   1   2   3    4    5    6    7     8     9    10    11     12
-    x(k)  0   1   3   7   15   31   63  127   255   383   511   767   1023
+`encode` rounds a number up or down to a level, with probabilities that make the mean
+exact: 2.125 becomes 2 with probability 3/4, and 2.5 with 1/4. The narrower the range of
+a row is, the larger its n, up to 254, and the finer its levels.
 
-where exact powers would give x(2) = 4.96. The number 5 lies halfway between 3 and 7. So
-k(5) = 2.5, and 5 is stored as 3 or as 7, each with probability 1/2. The mean is 5.
+There are three kinds of rows:
 
-There are three kinds of codes. The kind and the exponent of each array are part of the
-state, and change from step to step without a new compilation:
+    kind           number                      n           k           code
+    NON_NEGATIVE   level(i + k)                3 to 254    0 to 252    1 + k
+    SIGNED         ±(level(i + k) - level(i))  12          0 to 126    127 ± k
+    UNKNOWN        the same                    1           0 to 126    127 ± k
 
-    kind           1/λ   code                     k            largest |x|/2ᵉ
-    UNKNOWN        128   128 + k, or 128 - k      0 to 127      2¹²⁷
-    NON_NEGATIVE     8   1 + k                    1 to 254      2⁴⁰
-    SIGNED           8   128 + k, or 128 - k      0 to 127      2³²
+Code 255 is NaN. In a NON_NEGATIVE row code 0 is the number 0, which has no logarithm,
+and code 254 is a negative number, which counts as 0. Positive numbers do not become 0
+there: a second moment that was rounded to 0 would lengthen the step. In a SIGNED row,
+where level(i) is subtracted, levels near 0 are evenly spaced. A row of zeros is
+UNKNOWN, because the size of its next numbers is not known. Its levels are a factor of 2
+apart, and cover almost all sizes.
 
-128 - k is the code of a negative number, and code 0 is NaN. NON_NEGATIVE has k = 0 for
-negative numbers alone: a second moment that was rounded to 0 would lengthen the step.
-
-An array of zeros is UNKNOWN, because the size of its next numbers is not known. Levels
-of this kind are a factor of 2 apart, and cover almost all sizes. From the smallest and
-the largest code of a step, `next_format` finds the kind and the exponent for the next
-step, with room for numbers to grow by a factor of 4 or more. The format is thus a step
-late. To find the largest number first, and to encode in a second pass, would take twice
-the time. A number beyond the range gets the last level.
+The last 8 levels of a row are 6 times as far apart as the others, for numbers that grow
+beyond the range. From the smallest and the largest code of a row, `next_format` finds
+its format for the next step, which is thus a step late. To find the extremes first, and
+to encode in a second pass, would take twice the time. A format is kept while it fits,
+because a number that lies on a level stays there, and other levels would round it anew.
 
 The formulas have few operations because the TPU's compiler makes one loop of a step,
 which reads and writes every array once, only if they are few
@@ -44,7 +41,8 @@ which reads and writes every array once, only if they are few
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,48 +59,131 @@ from optax_rmsprop.wrappers._rounding import (
     random_bits,
 )
 
-UNKNOWN, NON_NEGATIVE, SIGNED = 0, 1, 2  # kinds
-NAN = 0  # a code
-LAST = 255  # the largest code
+# A row has at least as many numbers, so that formats take less than 0.1 bytes a number.
+LEAST_ROW = 64
 
-# UNKNOWN looks for numbers with these two exponents in turn. The first covers 2⁻⁶² to
-# 2⁶⁵, the second 2⁻¹²⁶ to 2.
+ZERO, FIRST, CENTER, LAST, NEGATIVE, NAN = 0, 1, 127, 253, 254, 255  # codes
+
+# Values of `Format.levels` that stand for a kind. NON_NEGATIVE rows have n there.
+UNKNOWN, SIGNED = 0, 1
+FEWEST, MOST = 3, 254
+LEVELS_OF_SIGNED = 12
+
+COARSE, COARSENESS = 8, 6  # how many levels, and how far apart they are
+
+# UNKNOWN looks for numbers with these lowest levels in turn. The first covers 2⁻⁶² to
+# 2⁵⁶ and the second 2⁻¹²⁶ to 2⁻⁸, without the coarse levels.
 WINDOWS = -62, -126
+
+# A format has so many octaves to spare below its numbers and above them, and is kept
+# while it has the lesser numbers. Averages fall by 0.15 octaves a step at decay 0.9.
+# They may grow faster; the coarse levels are for that.
+BELOW, LEAST_BELOW = 0.2, 0.15
+ABOVE, LEAST_ABOVE = 0.15, 0.1
+# The same for SIGNED, which is kept while it has no more than the last number.
+ABOVE_SIGNED, LEAST_ABOVE_SIGNED, MOST_ABOVE_SIGNED = 0.5, 0.25, 1.0
+# A number beyond an end of the range is taken to be so many octaves away from it.
+BEYOND = 4.0
 
 # `encode` adds 2⁸ to k. All floats in [2⁸, 2⁹) have the same exponent, so that their
 # mantissa is a fixed-point number: 8 bits for the integer k, 15 for its fraction.
 LEVEL_BITS = 8
 FRACTION_BITS = MANTISSA_BITS - LEVEL_BITS
 
-# An exponent is chosen such that numbers may grow by this many octaves, and it is kept
-# while between LEAST_SPARE and MOST_SPARE of them are left.
-SPARE, LEAST_SPARE, MOST_SPARE = 5, 3, 7
-
 
 class Format(NamedTuple):
-    """The meaning of the codes of several arrays: vectors with an entry for each array.
+    """The meaning of the codes of one array, with an entry for each row.
+
+    Both arrays have the shape that `rows_of` returns.
 
     Attributes:
-      kind: int32, UNKNOWN, NON_NEGATIVE or SIGNED.
-      exponent: int32, e in the formulas above.
+      levels: uint8, n of a NON_NEGATIVE row, or UNKNOWN, or SIGNED.
+      lowest: int16, the index i of the lowest level.
     """
 
-    kind: jax.Array
-    exponent: jax.Array
+    levels: jax.Array
+    lowest: jax.Array
+
+
+class _Scale(NamedTuple):
+    """The numbers of the formulas for each row, made from its format."""
+
+    signed: jax.Array  # SIGNED or UNKNOWN
+    center: jax.Array  # the code of k = 0
+    last: jax.Array  # the largest k
+    fine: jax.Array  # the k where the coarse levels begin
+    levels: jax.Array  # n
+    bits: jax.Array  # of level(i)
+    offset: jax.Array  # level(i), or 0 if NON_NEGATIVE
+
+
+def rows_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the format of an array: 1 for the axes that form a row.
+
+    A row has the last axis, or as many of the last ones as have LEAST_ROW numbers. The
+    shapes (512, 256), (3, 3, 64, 64) and (512, 16, 3, 3) give (512, 1), (3, 3, 64, 1)
+    and (512, 1, 1, 1).
+    """
+    first = len(shape) - 1
+    while first > 0 and math.prod(shape[first:]) < LEAST_ROW:
+        first -= 1
+    return shape[:first] + (1,) * (len(shape) - first)
+
+
+# The bits of a positive float, read as an integer, are nearly a logarithm. For
+# y = 2ᵒ (1 + m), with m in [0, 1),
+#
+#     (bits(y) - bits(1)) / 2²³ = o + m
+#
+# which is i/n for level(i). So levels are evenly spaced in their bits, and because the
+# bits of y are a straight line between two levels, rounding that is unbiased in the
+# bits is unbiased in y too.
+
+
+def _scale(format: Format) -> _Scale:
+    levels = format.levels.astype(jnp.int32)
+    signed = levels < FEWEST
+    n_of_signed = jnp.where(levels == SIGNED, LEVELS_OF_SIGNED, 1)
+    n = jnp.where(signed, n_of_signed, levels).astype(jnp.float32)
+    octaves = format.lowest.astype(jnp.float32) / n
+    bits = ONE + jnp.round(octaves * 2.0**MANTISSA_BITS).astype(jnp.int32)
+    last = jnp.where(signed, LAST - CENTER, LAST - FIRST)
+    return _Scale(
+        signed=signed,
+        center=jnp.where(signed, CENTER, FIRST),
+        last=last,
+        fine=(last - COARSE).astype(jnp.float32),
+        levels=n,
+        bits=bits,
+        offset=jnp.where(signed, from_bits(bits), 0.0),
+    )
+
+
+def _magnitude(k: jax.Array, scale: _Scale) -> jax.Array:
+    """Return the magnitude that k stands for."""
+    step = 2.0**MANTISSA_BITS / scale.levels
+    bits = scale.bits + (_fine_levels(k, scale) * step + 0.5).astype(jnp.int32)
+    return from_bits(bits) - scale.offset
+
+
+def _fine_levels(k: jax.Array, scale: _Scale) -> jax.Array:
+    """Return how many levels k would be if none were coarse."""
+    return jnp.maximum(k, COARSENESS * k - (COARSENESS - 1) * scale.fine)
 
 
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def decode(codes: jax.Array, format: Format, dtype: DTypeLike) -> jax.Array:
     """Return the numbers that the codes of one array stand for.
 
-    With NON_NEGATIVE and e = 0, code 4 is k = 3: `_power` gives 8 for k + 1/λ = 11, and
-    the number is 8 - 2ᵉ = 7.
+    In a NON_NEGATIVE row with n = 4 and i = 0, code 6 is k = 5. Its bits are those of 1
+    plus 5/4 · 2²³, and the number is 2¹ (1 + 1/4) = 2.5.
     """
-    code = codes.astype(jnp.float32)
-    signed_k = code - _code_of_0(format).astype(jnp.float32)
-    power = _power(jnp.abs(signed_k) + _inverse_of_lambda(format), format)
-    magnitude = power - _power_of_two(format.exponent)
+    scale = _scale(format)
+    code = codes.astype(jnp.int32)
+    signed_k = code - scale.center
+    magnitude = _magnitude(jnp.abs(signed_k).astype(jnp.float32), scale)
     x = jnp.where(signed_k < 0, -magnitude, magnitude)
+    x = jnp.where((code == ZERO) | (code == NEGATIVE), 0, x)
     return cast(jnp.where(code == NAN, jnp.nan, x), dtype)
 
 
@@ -110,179 +191,173 @@ def decode(codes: jax.Array, format: Format, dtype: DTypeLike) -> jax.Array:
 def encode(
     x: jax.Array, format: Format, axis_bits: Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return codes for the numbers of one array, the smallest code and the largest.
+    """Return codes for the numbers of one array, and their extremes in each row.
 
-    `axis_bits` is an entry of `random_axis_bits`. An example with NON_NEGATIVE, e = 0
-    and x = 5: `_root(6)` is k + 1/λ = 10.5. With 2⁸ - 1/λ = 248 added it is 258.5,
-    whose bits are 0x43814000. The upper 17 bits, 0x8702, are the exponent of 2⁸, which
-    is 0x87, and 02 for k. The lower 15 bits, 0x4000, are half of 2¹⁵. A random number
-    in [0, 2¹⁵) is added, and carries into the upper bits in half of all cases. So k is
-    2 or 3, and the code 3 or 4.
+    The extremes are the smallest code but ZERO, or 256 if there is no other, and the
+    largest.
+
+    `axis_bits` is an entry of `random_axis_bits`. An example in a NON_NEGATIVE row with
+    n = 4 and i = 0: the bits of 2.125 are those of 1 plus 1.0625 · 2²³, so k is 4.25.
+    With 2⁸ added it is 260.25, whose bits are 0x43822000. The upper 17 bits, 0x8704,
+    are the exponent of 2⁸, which is 0x87, and 04 for k. The lower 15 bits, 0x2000, are
+    a quarter of 2¹⁵. A random number in [0, 2¹⁵) is added, and carries into the upper
+    bits in a quarter of all cases. So k is 4 or 5, and the code 5 or 6.
     """
+    scale = _scale(format)
     x = cast(x, jnp.float32)
-    # -1 where x is negative, else 0. (i ^ minus) - minus is then -i, or i.
+    # -1 where x is negative, else 0. (k ^ minus) - minus is then -k, or k.
     magnitude, minus = jnp.abs(x), -(x < 0).astype(jnp.int32)
-    root = _root(1 + magnitude * _power_of_two(-format.exponent), format)
-    shifted_k = root + (2.0**LEVEL_BITS - _inverse_of_lambda(format))
+    distance = (bits_of(magnitude + scale.offset) - scale.bits).astype(jnp.float32)
+    k = distance * (scale.levels * 2.0**-MANTISSA_BITS)
+    k = jnp.minimum(k, (k + (COARSENESS - 1) * scale.fine) * (1 / COARSENESS))
+    shifted_k = jnp.maximum(k, 0) + 2.0**LEVEL_BITS
     bits = bits_of(shifted_k) + random_bits(x.shape, FRACTION_BITS, axis_bits)
     k = (bits >> FRACTION_BITS) - (EXPONENT_BIAS + LEVEL_BITS << LEVEL_BITS)
-    code = (k ^ minus) - minus + _code_of_0(format)
-    # At least 1, since 0 is NaN, and at least 2 where x is not negative. The latter
-    # matters for NON_NEGATIVE, in which 1 is the code of 0.
-    code = jnp.minimum(jnp.maximum(code, 2 + minus), LAST)
+    k = jnp.minimum(k, scale.last)
+    code = (k ^ minus) - minus + scale.center
+    not_positive = jnp.where(x < 0, NEGATIVE, ZERO)
+    code = jnp.where(scale.signed | (x > 0), code, not_positive)
     codes = jnp.where(magnitude < jnp.inf, code, NAN).astype(jnp.uint8)
-    lowest, highest = jax.lax.platform_dependent(
-        codes,
-        cpu=_extremes,
-        tpu=_extremes_of_floats,
-        default=_extremes_in_one_reduction,
+    rows = format.levels.shape
+    find = functools.partial(jax.lax.platform_dependent, codes)
+    highest, lowest = find(
+        cpu=functools.partial(_extremes, rows),
+        tpu=functools.partial(_extremes_of_floats, rows),
+        default=functools.partial(_extremes_in_one_reduction, rows),
     )
     return codes, lowest, highest
 
 
-def _extremes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.min(x).astype(jnp.int32), jnp.max(x).astype(jnp.int32)
+Shape = tuple[int, ...]
 
 
-def _extremes_of_floats(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _extremes(rows: Shape, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the largest code of each row, and the smallest but ZERO, or 256."""
+    return _in_rows(jnp.max, rows, codes), 1 + _in_rows(jnp.min, rows, _last_0(codes))
+
+
+def _last_0(codes: jax.Array) -> jax.Array:
+    """Return codes - 1 modulo 256, in which ZERO is the last.
+
+    The difference of uint8 arrays is not reduced correctly by XLA's CPU backend in
+    jaxlib 0.10 and 0.12.
+    """
+    return (codes.astype(jnp.int32) - 1).astype(jnp.uint8)
+
+
+def _extremes_of_floats(rows: Shape, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A TPU finds these while it writes the codes. A CPU would take 5 times as long."""
-    return _extremes(codes.astype(jnp.float32))
+    highest = _in_rows(jnp.max, rows, codes.astype(jnp.float32))
+    return highest, 1 + _in_rows(jnp.min, rows, _last_0(codes).astype(jnp.float32))
 
 
-def _extremes_in_one_reduction(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _extremes_in_one_reduction(
+    rows: Shape, codes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """On a GPU two reductions end with a kernel each. A CPU would not vectorize one."""
 
     def both(a: Any, b: Any) -> tuple[jax.Array, jax.Array]:
-        return jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])
+        return jnp.maximum(a[0], b[0]), jnp.minimum(a[1], b[1])
 
-    code, axes = codes.astype(jnp.int32), tuple(range(codes.ndim))
-    start = jnp.int32(255), jnp.int32(0)
-    lowest, highest = jax.lax.reduce((code, code), start, both, axes)
-    return lowest, highest
-
-
-def first_format(lowest: jax.Array, highest: jax.Array) -> Format:
-    """Return the format for arrays whose smallest and largest numbers are known.
-
-    An array from 0 to 3 is NON_NEGATIVE. The octave of 3 is 1, since 3 lies in [2, 4).
-    The exponent -34 puts the end of the range at 2⁻³⁴ * 2⁴⁰ = 2⁶, five octaves above 2.
-    """
-    largest = jnp.maximum(-lowest, highest)
-    kind = jnp.where(lowest < 0, SIGNED, NON_NEGATIVE).astype(jnp.int32)
-    exponent = _exponent_for(kind, _octave(largest))
-    unknown = ~(largest > 0)  # all numbers are 0, or there is a NaN
-    kind = jnp.where(unknown, UNKNOWN, kind)
-    return Format(kind, jnp.where(unknown, WINDOWS[1], exponent))
+    operands = codes.astype(jnp.int32), _last_0(codes).astype(jnp.int32)
+    start = jnp.int32(0), jnp.int32(255)
+    highest, lowest = jax.lax.reduce(operands, start, both, _axes(rows))
+    return highest.reshape(rows), 1 + lowest.reshape(rows)
 
 
+def _in_rows(f: Callable[..., jax.Array], rows: Shape, x: jax.Array) -> jax.Array:
+    return f(x, axis=_axes(rows), keepdims=True).astype(jnp.int32)
+
+
+def _axes(rows: Shape) -> tuple[int, ...]:
+    return tuple(i for i, size in enumerate(rows) if size == 1)
+
+
+@jax.jit
+def first_format(x: jax.Array) -> Format:
+    """Return the format for an array whose numbers are known."""
+    x, axes = cast(x, jnp.float32), _axes(rows_of(x.shape))
+    magnitude = jnp.abs(x)
+    positive = jnp.where(magnitude > 0, magnitude, jnp.inf)
+    smallest = jnp.min(positive, axis=axes, keepdims=True)
+    largest = jnp.max(magnitude, axis=axes, keepdims=True)
+    signed = jnp.any(x < 0, axis=axes, keepdims=True)
+    found = _format_for(signed, _octaves(smallest), _octaves(largest))
+    known = (largest > 0) & (largest < jnp.inf)
+    return _select(known, found, _unknown(WINDOWS[1]))
+
+
+@jax.jit
 def next_format(last: Format, lowest: jax.Array, highest: jax.Array) -> Format:
     """Return the format for the step after one whose extreme codes are given.
 
-    An example: an array of 0 and 3 was encoded as UNKNOWN with e = -62. Its codes are
-    128, for 0, and 192, for k = 64. `_power` gives 2² for that level: octave 2. No code
-    is below 128, so the next kind is NON_NEGATIVE, and its exponent 2 + 5 - 40 = -33.
-    With this format the codes are 2, since 0 becomes the smallest level, and 161, for
-    k = 160. That level is in octave 1. The end of the range, 2⁻³³ * 2⁴⁰ = 2⁷, is six
-    octaves further up, so the format stays.
+    An example: a row with numbers from 1 to 4 was encoded as UNKNOWN with i = -62. Its
+    codes are 189 for 1, and 191 for 4. Where levels are a factor of 2 apart, these may
+    have been rounded from up to 1/2 and 8. So the next row has 4 octaves, and 0.35 to
+    spare: n is ⌊244/4.35⌋ = 56. One step later the codes show a range of 2 octaves, and
+    n becomes ⌊244/2.35⌋ = 103.
     """
-    above, below = highest - _code_of_0(last), _code_of_0(last) - lowest
-    # The largest level. NON_NEGATIVE has no negative ones, so `below` is none there.
-    k = jnp.maximum(above, _by_kind(last.kind, below, 0, below))
-    # NON_NEGATIVE has encoded negative numbers as 0. SIGNED stays as it is.
-    negative = _by_kind(last.kind, below > 0, below == 0, True) > 0
-    # The last level of the window up to 2 stands for all larger numbers too.
-    beyond = (last.kind == UNKNOWN) & (last.exponent == WINDOWS[1]) & (k == 127)
-    # No number was above the smallest level, which is 1 for NON_NEGATIVE.
-    unknown = (k <= _by_kind(last.kind, 0, 1, 0)) | beyond
-    kind = jnp.where(negative, SIGNED, NON_NEGATIVE).astype(jnp.int32)
-    kind = jnp.where(unknown, UNKNOWN, kind)
-    octave = _octave(_power(k.astype(jnp.float32) + _inverse_of_lambda(last), last))
-    spare = _octaves(kind) + last.exponent - octave
-    keep = (spare >= LEAST_SPARE) & (spare <= MOST_SPARE)
-    exponent = jnp.where(keep, last.exponent, _exponent_for(kind, octave))
-    # A NaN is the smallest code, and hides the smallest of the other numbers.
-    is_nan = lowest == NAN
-    kind = jnp.where(is_nan, last.kind, kind)
-    exponent = jnp.where(is_nan, last.exponent, exponent)
-    window = jnp.where(last.exponent == WINDOWS[0], WINDOWS[1], WINDOWS[0])
-    return Format(kind, jnp.where(kind == UNKNOWN, window, exponent))
+    scale = _scale(last)
+    was_unknown, was_signed = last.levels == UNKNOWN, last.levels == SIGNED
+    # The smallest and the largest k. SIGNED rows do not need the former.
+    smallest = jnp.maximum(lowest - scale.center, 0).astype(jnp.float32)
+    largest = jnp.maximum(highest, 2 * CENTER - lowest) - CENTER
+    largest = jnp.where(scale.signed, largest, highest - FIRST).astype(jnp.float32)
+    # A negative number hides the largest one, which may be as large as the fine levels.
+    negative = ~scale.signed & (highest == NEGATIVE)
+    largest = jnp.where(negative, scale.fine, largest)
+    low, high = (_octaves(_magnitude(k, scale)) for k in (smallest, largest))
+    at_end = largest >= scale.last.astype(jnp.float32)
+    uncertain = jnp.where(was_unknown, 1.0, 0.0)
+    low -= jnp.where(~scale.signed & (smallest == 0), BEYOND, uncertain)
+    high += jnp.where(at_end, BEYOND, uncertain)
+    signed = was_signed | negative | (was_unknown & (lowest < CENTER))
+    found = _format_for(signed, low, high)
+
+    above = (scale.fine - _fine_levels(largest, scale)) / scale.levels
+    fits_signed = (above >= LEAST_ABOVE_SIGNED) & (above <= MOST_ABOVE_SIGNED)
+    fits = (above >= LEAST_ABOVE) & (smallest >= LEAST_BELOW * scale.levels)
+    fits &= (last.levels >= found.levels) & (found.levels >= FEWEST) & ~scale.signed
+    found = _select(fits | (was_signed & fits_signed), last, found)
+
+    # All numbers were 0, or the second window's last level stands for larger ones too.
+    none = jnp.where(scale.signed, largest <= 0, lowest > LAST)
+    second = last.lowest == WINDOWS[1]
+    none |= was_unknown & second & at_end
+    window = jnp.where(was_unknown & ~second, WINDOWS[1], WINDOWS[0])
+    # A NaN hides the largest code.
+    keep = (highest == NAN) & ~was_unknown
+    return _select(keep, last, _select(none, _unknown(window), found))
 
 
-def _exponent_for(kind: jax.Array, octave: jax.Array) -> jax.Array:
-    """Return the e with which numbers of this octave may grow by SPARE octaves.
-
-    It is clipped, so that 2ᵉ is a normal float32 and the end of the range is finite.
-    """
-    exponent = octave + SPARE - _octaves(kind)
-    return jnp.clip(exponent, 1 - EXPONENT_BIAS, EXPONENT_BIAS - _octaves(kind))
-
-
-def _octave(x: jax.Array) -> jax.Array:
-    """⌊log₂ x⌋, the exponent of a positive float."""
-    return (bits_of(x) >> MANTISSA_BITS) - EXPONENT_BIAS
-
-
-def _octaves(kind: jax.Array) -> jax.Array:
-    """Return how many octaves above 2ᵉ the range ends, as in the table above."""
-    return _by_kind(kind, 127, 40, 32)
-
-
-def _code_of_0(format: Format) -> jax.Array:
-    return _by_kind(format.kind, 128, 1, 128)
+def _format_for(signed: jax.Array, low: jax.Array, high: jax.Array) -> Format:
+    """Return the format for magnitudes from 2ˡᵒʷ to 2ʰⁱᵍʰ."""
+    fine = float(LAST - FIRST - COARSE)
+    n = jnp.floor(fine / (high - low + (BELOW + ABOVE)))
+    n = jnp.clip(n, FEWEST, MOST)
+    # With the fewest levels, the range may be too narrow for the smallest numbers.
+    top = jnp.ceil((high + ABOVE) * n) - fine
+    lowest = jnp.maximum(jnp.floor((low - BELOW) * n), top)
+    fine_of_signed = float(LAST - CENTER - COARSE)
+    top = jnp.ceil((high + ABOVE_SIGNED) * LEVELS_OF_SIGNED) - fine_of_signed
+    lowest = jnp.where(signed, top, lowest)
+    # All levels are normal and finite float32 numbers.
+    width = jnp.where(signed, fine_of_signed, fine) + COARSE * COARSENESS
+    n_of_row = jnp.where(signed, LEVELS_OF_SIGNED, n)
+    most = (EXPONENT_BIAS + 1) * n_of_row - 1 - width
+    lowest = jnp.clip(lowest, (1 - EXPONENT_BIAS) * n_of_row, most)
+    levels = jnp.where(signed, SIGNED, n)
+    return Format(levels.astype(jnp.uint8), lowest.astype(jnp.int16))
 
 
-def _shift(format: Format) -> jax.Array:
-    """Return log₂(1/λ)."""
-    return _by_kind(format.kind, 7, 3, 3)
+def _unknown(window: ArrayLike) -> Format:
+    return Format(jnp.uint8(UNKNOWN), jnp.asarray(window, jnp.int16))
 
 
-def _inverse_of_lambda(format: Format) -> jax.Array:
-    return _power_of_two(_shift(format))
+def _select(mask: jax.Array, a: Format, b: Format) -> Format:
+    return Format(*(jnp.where(mask, x, y) for x, y in zip(a, b, strict=True)))
 
 
-# The bits of a positive float, read as an integer, are nearly a logarithm. For
-# y = 2ⁿ(1 + m), with m in [0, 1),
-#
-#     (bits(y) - bits(1)) / 2²³ = n + m
-#
-# which equals log₂ y where m is 0, and is a line between these corners. A power of y is
-# this integer times the power's exponent, and a product with 2ⁿ is n << 23 added to it.
-#
-# An example with λ = 1/8: 6 = 2²(1 + 0.5) has the logarithm 2.5, which divided by 8 is
-# 0.3125, the logarithm of 1.3125. So `_root(6)` is 8 * 1.3125 = 10.5, and `_power` of
-# 10.5 is 6 again. With exact powers `_root(6)` would be 10.008.
-
-
-def _root(y: jax.Array, format: Format) -> jax.Array:
-    """Return y^λ/λ, with the power of the comment above.
-
-    bits = bits(1) + ((bits(y) - bits(1)) >> shift) + (shift << 23)
-    """
-    shift = _shift(format)
-    shifted = bits_of(y) >> shift
-    return from_bits(shifted + (ONE - (ONE >> shift) + (shift << MANTISSA_BITS)))
-
-
-def _power(v: jax.Array, format: Format) -> jax.Array:
-    """Return 2ᵉ(λv)^(1/λ), so that `_power(_root(y))` is 2ᵉy.
-
-    bits = bits(1) + ((bits(v) - bits(1/λ)) << shift) + (e << 23)
-
-    The shifts by themselves overflow. Their difference does not, and integers are added
-    and subtracted modulo 2³².
-    """
-    shift = _shift(format)
-    bits_of_inverse = ONE + (shift << MANTISSA_BITS)
-    offset = ONE - (bits_of_inverse << shift) + (format.exponent << MANTISSA_BITS)
-    return from_bits((bits_of(v) << shift) + offset)
-
-
-def _power_of_two(exponent: jax.Array) -> jax.Array:
-    return from_bits(ONE + (exponent << MANTISSA_BITS))
-
-
-def _by_kind(kind: jax.Array, *values: ArrayLike) -> jax.Array:
-    """Select one of three values: for UNKNOWN, NON_NEGATIVE and SIGNED."""
-    unknown, non_negative, signed = (jnp.asarray(x, jnp.int32) for x in values)
-    known = jnp.where(kind == NON_NEGATIVE, non_negative, signed)
-    return jnp.where(kind == UNKNOWN, unknown, known)
+def _octaves(x: jax.Array) -> jax.Array:
+    """Return the o + m of the comment above: nearly log₂ x, and -127 for 0."""
+    return (bits_of(x) - ONE).astype(jnp.float32) * 2.0**-MANTISSA_BITS

@@ -6,6 +6,13 @@ each is such that the mean of the result is the number itself.
 The random bits of an element are the sum of one random number for its row and one for
 its column. XLA fuses this sum into the loop that computes the elements. A separate
 random number for every element would be written to memory first, and read from there.
+
+`compress_state` rounds an average in every step, and errors add up. Its steps take the
+random bits of one draw, and add a multiple of the golden ratio in every step (modulo 1,
+Weyl's sequence). The bits of a single step are as random as before. Those of successive
+steps are spread evenly, so that a number which lies at a quarter of the distance is
+rounded up in one of four steps, not in none or two, and the errors cancel in part
+(`docs/figures/state_error.py` measures it).
 """
 
 import functools
@@ -39,6 +46,8 @@ UPPER_HALF = ~0xFFFF
 # of them would make the draw large.
 LONG = 2**16
 
+GOLDEN_RATIO = 0x9E3779B9  # its fraction, 0.618, times 2³²
+
 
 def bits_of(x: jax.Array) -> jax.Array:
     """Return the bits of float32 or uint32 numbers as int32."""
@@ -51,13 +60,16 @@ def from_bits(bits: jax.Array) -> jax.Array:
 
 
 def random_axis_bits(
-    key: jax.Array, shapes: Sequence[tuple[int, ...]]
+    key: jax.Array,
+    shapes: Sequence[tuple[int, ...]],
+    step: jax.Array | None = None,
 ) -> list[list[jax.Array]]:
     """Draw random uint32 numbers for the rows, columns and further axes of arrays.
 
     Returns for each shape a list with a vector per axis: one number for each index of
     the axis, or a single number where the axis is longer than `LONG`. A scalar has one
-    axis of length 1. So the shapes (64, 48) and () give vectors of 64, 48 and 1.
+    axis of length 1. So the shapes (64, 48) and () give vectors of 64, 48 and 1. Each
+    list ends with a scalar, the multiple of the golden ratio for this step.
 
     One call draws them all, so that XLA stores them, and the loops over elements read
     them. It would otherwise repeat a draw for every element.
@@ -65,8 +77,14 @@ def random_axis_bits(
     sizes = [[n if n <= LONG else 1 for n in shape or (1,)] for shape in shapes]
     pool = jax.random.bits(key, (sum(map(sum, sizes)),), jnp.uint32)
     ends = itertools.accumulate(itertools.chain.from_iterable(sizes))
+    offset = jnp.uint32(0)
+    if step is not None:
+        offset = step.astype(jnp.uint32) * jnp.uint32(GOLDEN_RATIO)
     return [
-        [jax.lax.slice_in_dim(pool, (end := next(ends)) - n, end) for n in row]
+        [
+            *(jax.lax.slice_in_dim(pool, (end := next(ends)) - n, end) for n in row),
+            offset,
+        ]
         for row in sizes
     ]
 
@@ -77,8 +95,9 @@ def random_bits(
     """Return a random integer in [0, 2 ** bits), as int32, for every element.
 
     It is the upper `bits` bits of a sum modulo 2³²: the element at (i, j) has
-    rows[i] + columns[j], where `axis_bits` is [rows, columns]. A matrix of 64 times 48
-    elements takes 112 random numbers, and one addition for each element.
+    rows[i] + columns[j] + offset, where `axis_bits` is [rows, columns, offset]. A
+    matrix of 64 times 48 elements takes 112 random numbers, and one addition for each
+    element.
 
     Any two elements are independent, and any three. Four at the corners of a rectangle
     are not: the sum of two opposite corners equals that of the other two. The variance
@@ -86,10 +105,13 @@ def random_bits(
     independent.
     """
     axes = shape or (1,)
+    *vectors, offset = axis_bits
     parts = []
-    for axis, (size, numbers) in enumerate(zip(axes, axis_bits, strict=True)):
+    for axis, (size, numbers) in enumerate(zip(axes, vectors, strict=True)):
         if size > LONG:
             numbers = _hash(jax.lax.iota(jnp.uint32, size) ^ numbers)
+        if axis == 0:
+            numbers = numbers + offset
         others = [i for i in range(len(axes)) if i != axis]
         parts.append(jnp.expand_dims(numbers, others))
     total = functools.reduce(jnp.add, parts)

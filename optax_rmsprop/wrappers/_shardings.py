@@ -14,6 +14,10 @@ P('data', None). The state of `rmsprop(momentum=0.9)` has three kinds of leaves:
     [0].count                           ()         replicated: no parameter's path
     [0].nu['dense']['kernel']           (64, 48)   P('data', None), as the parameter
     [1].trace['dense']['kernel']        (64, 48)   P('data', None), likewise
+
+In a state of `compress_state`, the formats of rows have one axis of size 1 or more:
+
+    .formats.next.lowest[0].nu['dense']['kernel']  (64, 1)    P('data', None)
 """
 
 from typing import Any
@@ -44,9 +48,10 @@ def state_shardings(
     An array that belongs to a parameter gets the parameter's sharding, and every other
     array is replicated. An array belongs to a parameter if it has the parameter's shape
     and its path ends with the parameter's: `.nu['dense']['kernel']` belongs to
-    `['dense']['kernel']`. This covers the codes of `compress_state`, and states inside
-    `optax.chain`, `optax.masked`, `optax.partition`, `optax.inject_hyperparams` and
-    `optax.MultiSteps`.
+    `['dense']['kernel']`. Axes of size 1 where the parameter's are longer are not
+    partitioned. This covers the codes and formats of `compress_state`, and states
+    inside `optax.chain`, `optax.masked`, `optax.partition`, `optax.inject_hyperparams`
+    and `optax.MultiSteps`.
 
     Nothing is computed and no memory is allocated: `params` may be shapes alone.
 
@@ -63,8 +68,8 @@ def state_shardings(
       A `NamedSharding` for each leaf of `tx.init(params)`, in its structure. Use them
       as `out_shardings` of a compiled init, as both shardings of a compiled step, in
       `jax.device_put` and to restore checkpoints. `jax.tree.map(lambda s: s.spec,
-      shardings)` gives specs for `jax.shard_map`, except for the `formats` of
-      `compress_state`: there, every shard has its own.
+      shardings)` gives specs for `jax.shard_map`, if no axis within a row of
+      `compress_state` is partitioned: there, every shard has its own `formats`.
 
     Raises:
       TypeError: a `tx` without init.
@@ -106,9 +111,9 @@ def state_shardings(
         if owner is None:
             return replicated
         shape, sharding = parameters[owner]
-        if shape != x.shape:
-            return replicated
-        return sharding if zero1 is None else _partitioned(sharding, shape, zero1)
+        if zero1 is not None:
+            sharding = _partitioned(sharding, shape, zero1)
+        return sharding if shape == x.shape else _of_rows(sharding, shape, x.shape)
 
     shapes = [jax.ShapeDtypeStruct(p.shape, p.dtype) for _, p in leaves]
     state = jax.eval_shape(init, jax.tree.unflatten(structure, shapes))
@@ -198,6 +203,24 @@ def _partitioned(
             spec = PartitionSpec(*names[:i], axis, *names[i + 1 :])
             return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
     return sharding
+
+
+def _of_rows(
+    sharding: NamedSharding, shape: tuple[int, ...], rows: tuple[int, ...]
+) -> NamedSharding:
+    """Return the sharding of an array with one number for each row of another.
+
+    It is replicated if it is no such array: its shape has an axis which is neither as
+    long as the other's nor of size 1.
+    """
+    spec = PartitionSpec()
+    if len(rows) == len(shape) and all(
+        n in (1, size) for n, size in zip(rows, shape, strict=True)
+    ):
+        names = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+        pairs = zip(names, rows, shape, strict=True)
+        spec = PartitionSpec(*(x if n == size else None for x, n, size in pairs))
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def _mesh_of(params: Any) -> Mesh | AbstractMesh:

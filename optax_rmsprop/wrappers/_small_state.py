@@ -1,18 +1,17 @@
 """Optimizer states in one or two bytes per number.
 
-This differs from the 8-bit optimizers of bitsandbytes:
+This differs from the 8-bit optimizers of bitsandbytes and flashoptim:
 
 1. It wraps any optax transformation, on any backend, and all of its options apply.
-2. Codes have the parameter's shape, and one scale for the whole array, so they are
-   sharded as the parameter is. Blocks of 256 numbers would cross the shards, and a TPU
-   would have to copy the array.
+2. Codes have the parameter's shape, and one format for each row, so both are sharded as
+   the parameter is. Blocks of 256 or 32 numbers would cross the shards, and a TPU would
+   have to copy the array.
 3. Rounding is at random. An average rounded to the nearest level stops moving as soon
    as its steps are shorter than half the distance between levels.
-4. A second moment does not become 0 once its scale is known, because that would
-   lengthen steps.
+4. A second moment becomes 0 only if it is 0, because that would lengthen steps.
 """
 
-import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,17 +24,24 @@ from jax.typing import DTypeLike
 
 from optax_rmsprop import _errors
 from optax_rmsprop._errors import at, kind_of, short, shown
-from optax_rmsprop._numerics import cast
 from optax_rmsprop.wrappers import _codes
 from optax_rmsprop.wrappers._codes import Format
-from optax_rmsprop.wrappers._rounding import random_axis_bits, stochastic_round
+from optax_rmsprop.wrappers._rounding import (
+    GOLDEN_RATIO,
+    random_axis_bits,
+    stochastic_round,
+)
 from optax_rmsprop.wrappers._transformation import checked
 
-GOLDEN_RATIO = 0x9E3779B9  # its first 32 bits: an arbitrary number
+# Random bits are drawn anew after so many steps.
+STEPS_OF_A_DRAW = 256
 
 
 class Formats(NamedTuple):
     """How the arrays of a `CompressedState` are encoded, now and at the next update.
+
+    Both are a `Format` whose fields have the structure of the state, with None for what
+    is not compressed.
 
     Attributes:
       current: the format of the codes in the state, with which they are decoded.
@@ -55,8 +61,9 @@ class CompressedState(NamedTuple):
       inner: the state of `tx`, in its own structure and shapes. The arrays that are
         compressed consist of uint8 codes or bfloat16 numbers.
       formats: for uint8 a tuple with the fields `current`, the format of the codes, and
-        `next`, the format of the codes that the next update makes. Each has a `kind`
-        and an `exponent`, vectors with an entry for each compressed array. None for
+        `next`, the format of the codes that the next update makes. Each has `levels`
+        and `lowest`, trees in the structure of `inner`: for each compressed array an
+        array with an entry for each row, and None for the other leaves. None for
         bfloat16, and if nothing is compressed.
       dtypes: for each leaf of `inner` a 0 in the dtype that it has without compression,
         or None if it is not compressed.
@@ -86,18 +93,21 @@ def compress_state(
     averages move however small their steps are. Rounded to the nearest, they would
     freeze.
 
-    The levels of bfloat16 are 0.4 to 0.8 % of a number apart. Those of uint8 are some
-    5 % apart near the largest number of a non-negative array, and 12 % at 2⁻¹⁰ of it.
-    The smallest level is about 2⁻³⁵ of it, and smaller numbers become that level, not
-    0. In an array with both signs, levels are 10 % apart, 23 % at 2⁻¹⁰, and the last
-    level before 0 is at about 2⁻²⁷.
+    The levels of bfloat16 are 0.4 to 0.8 % of a number apart. Those of uint8 depend on
+    the row, which is the last axis of an array, or as many of its last axes as have 64
+    numbers. In a row without negative numbers, 244 levels are evenly spaced, in the
+    logarithm, from the smallest positive number to the largest: 0.3 % apart if these
+    are equal, 3 to 5 % if they differ by 12 octaves, and 17 to 33 % from 80 octaves on.
+    Numbers below that become the smallest level, and 0 stays 0. In a row with both
+    signs, levels are 4 to 8 % apart near the largest number, and 2⁻¹³ of it near 0.
 
-    The scale of a uint8 array comes from the codes of the update before. Numbers more
-    than 4 times the largest one there are clipped, for an update or more. The first
-    negative numbers of an array that had none become 0 for an update. After an array
-    was all 0, two ranges are tried in turn, [2⁻⁶², 2⁶⁵] and [2⁻¹²⁶, 2], with levels a
-    factor of 2 apart. For that update, larger numbers are clipped, and smaller ones may
-    become 0. While an array has a NaN, its scale stays the same.
+    The format of a row comes from the codes of the update before. For numbers that grow
+    beyond it there are 8 more levels, 6 times as far apart, and larger numbers are
+    clipped, for an update or more. The first negative numbers of a row that had none
+    become 0 for an update. After a row was all 0, two ranges are tried in turn, [2⁻⁶²,
+    2⁵⁶] and [2⁻¹²⁶, 2⁻⁸], with levels a factor of 2 apart. For that update, larger
+    numbers are clipped, and smaller ones may become 0. While a row has a NaN, its
+    format stays the same.
 
     Args:
       tx: any optax transformation. In a chain, wrap the part whose state is large. With
@@ -112,11 +122,10 @@ def compress_state(
       A transformation that makes the updates of `tx`, and whose state is a
       `CompressedState`. It compresses the floating-point arrays of tx's state that have
       the shape of a parameter, at least `min_size` elements and one axis, and more
-      bytes than in `dtype`. The rest is stored as it is. For each compressed array,
-      uint8 adds 20 bytes and bfloat16 4. Under `jax.shard_map`, where shapes and sizes
-      are those of a shard, every shard has its own `formats`: partition them over all
-      axes of the mesh that partition an array. Otherwise they are replicated, as
-      `jax.jit(tx.init)` makes them.
+      bytes than in `dtype`. The rest is stored as it is. To each row of at least 64
+      numbers uint8 adds 6 bytes, and both add 4 bytes to each array. Under
+      `jax.shard_map`, where shapes and sizes are those of a shard, partition `formats`
+      as the parameters.
 
     Raises:
       TypeError: a `tx` that is not an optax transformation; a seed or size that is not
@@ -134,10 +143,11 @@ def compress_state(
       >>> state.inner[0].nu.dtype, state.inner[0].nu.nbytes
       (dtype('uint8'), 4096)
 
-    Differs from bitsandbytes: see the head of this module.
+    Differs from bitsandbytes and flashoptim: see the head of this module.
 
     References:
-      Box, Cox, An Analysis of Transformations, 1964: the levels of uint8.
+      Weyl, Über die Gleichverteilung von Zahlen mod. Eins, 1916: the sequence that
+      spreads random bits over the steps.
       Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861.
     """
     tx = checked(tx)
@@ -172,12 +182,10 @@ def compress_state(
             return jnp.zeros([], x.dtype) if floating and saves else None
 
         dtypes = tuple(own_dtype(*leaf) for leaf in tree_flatten_with_path(inner)[0])
-        format = None
+        formats = None
         if dtype == jnp.uint8 and (arrays := _compressed_arrays(inner, dtypes)):
-            numbers = [cast(x, jnp.float32) for _, x in arrays]
-            lowest, highest = ([f(x) for x in numbers] for f in (jnp.min, jnp.max))
-            format = _codes.first_format(jnp.stack(lowest), jnp.stack(highest))
-        return _compress(count, inner, format, dtypes, seed)
+            formats = [_codes.first_format(x) for _, x in arrays]
+        return _compress(count, inner, formats, dtypes, seed)
 
     def update_fn(
         updates: optax.Updates,
@@ -196,8 +204,10 @@ def compress_state(
         count = optax.safe_increment(state.count)
         if not arrays:
             return updates, state._replace(count=count, inner=inner)
-        format = None if state.formats is None else Formats(*state.formats).next
-        return updates, _compress(count, inner, format, dtypes, seed)
+        formats = None
+        if state.formats is not None:
+            formats = _entries(Formats(*state.formats).next)
+        return updates, _compress(count, inner, formats, dtypes, seed)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -293,11 +303,13 @@ def _check_state(state: Any, dtype: np.dtype) -> None:
                 f"`state` must be compressed to {dtype}, got {given or kind_of(x)} at "
                 f"{at(path)}; use the dtype with which it was made, or call init again"
             )
-    formats = state.formats if compressed and state.formats is not None else ()
-    is_vector = lambda x: not isinstance(x, tuple | list)  # noqa: E731
-    shapes = [np.shape(x) for x in jax.tree.leaves(formats, is_leaf=is_vector)]
-    has_formats = compressed and dtype == jnp.uint8
-    expected = [(compressed,)] * 2 * len(Format._fields) if has_formats else []
+    rows = []
+    if complete and dtype == jnp.uint8:
+        arrays = _compressed_arrays(state.inner, dtypes)
+        rows = [_codes.rows_of(np.shape(x)) for _, x in arrays]
+    expected = rows * len(Formats._fields) * len(Format._fields)
+    formats = state.formats if compressed else ()
+    shapes = [np.shape(x) for x in jax.tree.leaves(formats)]
     remedy = "make it with the init of this transformation"
     if not complete or shapes != expected:
         raise ValueError(
@@ -313,31 +325,42 @@ def _check_state(state: Any, dtype: np.dtype) -> None:
 def _compress(
     count: jax.Array,
     inner: optax.OptState,
-    format: Format | None,
+    formats: Sequence[Format] | None,
     dtypes: tuple[jax.Array | None, ...],
     seed: int,
 ) -> CompressedState:
-    """Compress an inner state: to codes in this format, or without one to bfloat16."""
+    """Compress an inner state: to codes in these formats, or to bfloat16 if None."""
     arrays = [x for _, x in _compressed_arrays(inner, dtypes)]
-    axis_bits = random_axis_bits(_key(seed, count), [x.shape for x in arrays])
-    if format is None:
+    key = _key(seed, count // STEPS_OF_A_DRAW)
+    axis_bits = random_axis_bits(key, [x.shape for x in arrays], count)
+    if formats is None:
         pairs = zip(arrays, axis_bits, strict=True)
         new = [stochastic_round(x, jnp.bfloat16, bits) for x, bits in pairs]
         return CompressedState(count, _replaced(inner, dtypes, new), None, dtypes)
-    rows = zip(arrays, _entries(format), axis_bits, strict=True)
-    codes, lowest, highest = zip(*(_codes.encode(*row) for row in rows), strict=True)
-    following = _codes.next_format(format, jnp.stack(lowest), jnp.stack(highest))
-    inner = _replaced(inner, dtypes, codes)
-    return CompressedState(count, inner, Formats(format, following), dtypes)
+    encoded = [
+        _codes.encode(*row) for row in zip(arrays, formats, axis_bits, strict=True)
+    ]
+    following = [
+        _codes.next_format(format, *extremes)
+        for format, (_, *extremes) in zip(formats, encoded, strict=True)
+    ]
+
+    def in_structure(formats: Sequence[Format]) -> Format:
+        fields = zip(*formats, strict=True)
+        return Format(*(_replaced(inner, dtypes, field, only=True) for field in fields))
+
+    inner = _replaced(inner, dtypes, [codes for codes, *_ in encoded])
+    both = Formats(in_structure(formats), in_structure(following))
+    return CompressedState(count, inner, both, dtypes)
 
 
-def _key(seed: int, count: jax.Array) -> jax.Array:
-    """Return the key of a step.
+def _key(seed: int, draw: jax.Array) -> jax.Array:
+    """Return the key of a draw of random bits.
 
     `jax.random.key(n)` is (0, n), so seed 0 must not become 0: a user's key could have
-    the same bits as the step. `jax.random.fold_in` takes a draw more.
+    the same bits as the draw. `jax.random.fold_in` takes a draw more.
     """
-    both = jnp.stack([jnp.uint32(seed ^ GOLDEN_RATIO), count.astype(jnp.uint32)])
+    both = jnp.stack([jnp.uint32(seed ^ GOLDEN_RATIO), draw.astype(jnp.uint32)])
     return jax.random.wrap_key_data(both, impl="threefry2x32")
 
 
@@ -379,21 +402,24 @@ def _replaced(
     inner: optax.OptState,
     dtypes: tuple[jax.Array | None, ...],
     new: Sequence[jax.Array],
+    *,
+    only: bool = False,
 ) -> optax.OptState:
-    """Replace the arrays that are or will be compressed by the arrays of `new`."""
+    """Replace the arrays that are or will be compressed by the arrays of `new`.
+
+    `only`: replace all others by None.
+    """
     replacements = iter(new)
-    pairs = zip(jax.tree.leaves(inner), dtypes, strict=True)
+    others = itertools.repeat(None) if only else jax.tree.leaves(inner)
+    pairs = zip(others, dtypes, strict=not only)
     leaves = [x if own is None else next(replacements) for x, own in pairs]
     return jax.tree.unflatten(jax.tree.structure(inner), leaves)
 
 
 def _entries(format: Format) -> list[Format]:
-    """Split a format of several arrays into formats with scalars, one per array."""
-    entry = functools.partial(jax.lax.index_in_dim, keepdims=False)
-    return [
-        jax.tree.map(functools.partial(entry, index=i), format)
-        for i in range(len(format.kind))
-    ]
+    """Split a format whose fields are trees into formats, one per array."""
+    fields = map(jax.tree.leaves, format)
+    return [Format(*entry) for entry in zip(*fields, strict=True)]
 
 
 def _is_compressed(x: Any) -> bool:

@@ -156,7 +156,7 @@ def test_averages_move_that_nearest_rounding_would_freeze(dtype):
     assert float(mean.mean()) == expected
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 2.05), ("uint8", 1.05)])
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 2.05), ("uint8", 1.1)])
 def test_bytes_a_number(dtype, limit):
     params = {"a": jnp.zeros((64, 64)), "b": jnp.zeros((3, 3, 32, 64)), "c": 0.0}
     tx = compress_state(rmsprop(momentum=0.9, centered=True, eps=1e-2), dtype)
@@ -292,17 +292,6 @@ def test_orbax_brings_a_state_back(tmp_path):
     chex.assert_trees_all_equal_dtypes(restored, state)
 
 
-def test_a_state_saved_before_its_formats_had_names_goes_on():
-    params = jnp.linspace(1, 2, 4096)
-    tx = compress_state(rmsprop(), "uint8")
-    state = tx.update(params, tx.init(params))[1]
-    saved = state._replace(formats=tuple(state.formats))
-    chex.assert_trees_all_equal(decompress_state(saved), decompress_state(state))
-    expected, after = (tx.update(params, s) for s in (state, saved))
-    chex.assert_trees_all_equal(after, expected)
-    assert (after[1].formats.current.exponent == state.formats.next.exponent).all()
-
-
 @pytest.mark.slow
 @in_either
 def test_vmap_over_learning_rates_equals_one_run_each(dtype):
@@ -412,7 +401,7 @@ def test_on_eight_devices_as_on_one(dtype):
 
 
 @in_codes_first
-def test_within_shard_map_every_shard_has_formats_of_its_own(dtype):
+def test_within_shard_map_every_shard_has_the_formats_of_its_rows(dtype):
     mesh, by_rows, tx, params, gradients = on_eight(dtype)
     # The same partition serves every array of the state, on one device or on eight.
     specs = jax.tree.map(
@@ -432,8 +421,8 @@ def test_within_shard_map_every_shard_has_formats_of_its_own(dtype):
         updates, state = update(jax.device_put(g, by_rows), state, shards)
         assert np.isfinite(updates).all()
     assert [x.shape for x in kept(state)] == 2 * [(64, 80)]
-    for entry in jax.tree.leaves(state.formats):  # two arrays in every shard
-        assert entry.shape == (8 * 2,)
+    for entry in jax.tree.leaves(state.formats):
+        assert entry.shape == (64, 1)
 
 
 # Sizes of gradients in one array, from 2**-30 to 1: 60 octaves of squares.
