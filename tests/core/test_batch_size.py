@@ -71,7 +71,7 @@ def test_noisy_runs_agree_at_the_same_number_of_examples():
     first = spread(1, **BASE)
     scaled = scaled_to_batch(16, **BASE)
     del scaled["eps_in_sqrt"]
-    np.testing.assert_allclose(spread(16, **scaled), first, 0.12)  # seen: 0.08
+    np.testing.assert_allclose(spread(16, **scaled), first, 0.12)  # seen: 0.07
     linear = {**BASE, "learning_rate": 16 * BASE["learning_rate"]}
     for other in (BASE, linear, {**scaled, "eps": 0.5}):
         assert np.abs(spread(16, **other) / first - 1).max() > 0.5
