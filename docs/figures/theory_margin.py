@@ -112,7 +112,11 @@ def main():
         label = f"{name}: {error:.1%} of new examples wrong"
         look = {"edgecolor": color, "facecolor": "none" if hatch else color}
         right.bar(np.arange(4) + shift, found, 0.36, hatch=hatch, label=label, **look)
-        print(f"{name}: loss {losses[-1]:.1e}, {error:.1%} of new examples wrong")
+        of_others = wrong(w, new[new == -1])
+        print(
+            f"{name}: loss {losses[-1]:.1e}, {error:.1%} of new examples wrong, and "
+            f"{of_others:.1%} of those with y = -1"
+        )
         for kind, value, expected in zip(KINDS, found, exact[name], strict=True):
             print(f"  weight of {kind}: {value:.5f}, exactly {expected:.5f}")
     left.set(title="Training loss", xlabel="step", ylim=(1e-15, 1))
