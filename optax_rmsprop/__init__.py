@@ -8,6 +8,7 @@ The optimizer and its parts, which are optax transformations:
     scale_by_stddev             the same, centered; its state is a ScaleByStddevState
     trace                       momentum (optax's own)
     add_decayed_weights         weight decay (optax's own)
+    scaled_to_batch             settings of a run for batches of another size
 
 For any optax transformation, in the folder wrappers:
 
@@ -49,6 +50,7 @@ from optax_rmsprop.transforms import (
 
 if TYPE_CHECKING:
     from optax_rmsprop import carry, dialects, identify, wrappers
+    from optax_rmsprop.batch_size import scaled_to_batch
     from optax_rmsprop.carry import Run as TorchRun
     from optax_rmsprop.carry import (
         from_keras,
@@ -89,6 +91,7 @@ __all__ = [
     "rmsprop",
     "scale_by_rms",
     "scale_by_stddev",
+    "scaled_to_batch",
     "state_shardings",
     "stochastic_apply_updates",
     "to_torch",
@@ -105,6 +108,7 @@ _FOLDERS = {"carry", "dialects", "identify", "wrappers"}
 _LAZY = {
     "Diagnosis": "diagnostics",
     "diagnose": "diagnostics",
+    "scaled_to_batch": "batch_size",
     "CompressedState": "wrappers",
     "check_state_shardings": "wrappers",
     "compress_state": "wrappers",

@@ -21,6 +21,7 @@ from optax_rmsprop import (
     rmsprop,
     scale_by_rms,
     scale_by_stddev,
+    scaled_to_batch,
 )
 
 LONGEST = 600  # characters of an error
@@ -103,6 +104,7 @@ FUNCTIONS = {
         {"tx": rmsprop(), "dtype": "uint8", "min_size": 1},
     ),
     "diagnose": (diagnose, {"opt_state": rmsprop().init(PARAMS)}),
+    "scaled_to_batch": (scaled_to_batch, {"factor": 2}),
     **{
         name: (
             getattr(dialects, name),
@@ -122,6 +124,8 @@ def use(function, **arguments):
     tx = function(**arguments)
     if function is diagnose:
         return tx
+    if function is scaled_to_batch:
+        tx = rmsprop(**tx)
     updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     return updates
 

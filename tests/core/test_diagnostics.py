@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from optax_rmsprop import (
     compress_state,
@@ -36,7 +37,8 @@ def after(tx, grads=GRADS, steps=3):
 def test_step_sizes_times_gradients_are_the_updates(eps, centered, eps_in_sqrt):
     options = {"eps": eps, "eps_in_sqrt": eps_in_sqrt}
     updates, state = after(rmsprop(0.1, 0.9, centered=centered, **options))
-    step_size, saturation = diagnose(state, 0.1, **options)
+    step_size, saturation, sharpness = diagnose(state, 0.1, **options)
+    assert sharpness is None
     made = jax.tree.map(lambda s, g: -s * g, step_size, GRADS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, ROUNDING), made, updates)
     largest = 0.1 / (eps**0.5 if eps_in_sqrt else eps) if eps else np.inf
@@ -145,6 +147,132 @@ def test_many_runs_are_read_by_vmap():
     with pytest.raises(ValueError, match=r"got shape \(3,\) at \.count; use jax\.vmap"):
         diagnose(states)
     assert jax.vmap(diagnose)(states).step_size.shape == (3, 3)
+
+
+@jax.jit
+def diagnosed(state, matrix):
+    """With the matrix as the Hessian."""
+
+    def product(v):
+        flat, unravel = ravel_pytree(v)
+        return unravel(matrix @ flat)
+
+    return diagnose(state, 0.1, 1e-3, hessian_vector_product=product)
+
+
+def spread(size):
+    """A symmetric matrix whose eigenvalues are both negative and positive."""
+    square = np.random.default_rng(size).normal(size=(size, size))
+    return square + square.T
+
+
+MATRICES = {
+    "indefinite": spread(7),
+    # The eigenvalue of largest magnitude is negative.
+    "mostly negative": spread(7) - 100 * np.ones((7, 7)),
+    "negative definite": -spread(7) @ spread(7) - np.eye(7),
+    "of rank one": np.outer(np.arange(7.0), np.arange(7.0)),
+    "zero": np.zeros((7, 7)),
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
+def test_sharpness_is_the_largest_eigenvalue(matrix, x64):
+    grads = jax.tree.map(lambda g: g.astype(jnp.float64), GRADS)
+    grads["kernel"] = grads["kernel"].at[2].set([1.0, 0.3])
+    tx = rmsprop(0.1, 0.9, 1e-3)
+    _, state = tx.update(grads, tx.init(grads))
+    found = diagnosed(state, jnp.asarray(matrix))
+    roots = np.sqrt(ravel_pytree(found.step_size)[0])
+    expected = np.linalg.eigvalsh(roots[:, None] * matrix * roots)[-1]
+    np.testing.assert_allclose(found.sharpness, expected, 1e-9, atol=1e-9)
+
+
+def test_one_parameter_may_have_negative_sharpness():
+    # The method ends after one step, and what follows must not count as 0.
+    state = rmsprop().init(jnp.ones(1))
+    found = diagnose(state, 0.1, 1.0, hessian_vector_product=lambda v: -3.0 * v)
+    np.testing.assert_allclose(found.sharpness, -0.3, ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "limit"),
+    [
+        ({}, 2.0),
+        ({"momentum": 0.5}, 2 * (1 + 0.5)),
+        ({"momentum": 0.5, "nesterov": True}, (2 + 2 * 0.5) / (1 + 2 * 0.5)),
+    ],
+    ids=["plain", "momentum", "nesterov"],
+)
+def test_steps_grow_where_sharpness_is_above_the_limit(momentum, limit):
+    # Under a huge eps, RMSprop is gradient descent with rate lr / eps = 0.1.
+    eps = 1e8
+    tx = rmsprop(1e7, eps=eps, **momentum)
+
+    def last(scale):
+        curvature = scale * limit * jnp.array([10.0, 4.0])
+
+        def step(carry, _):
+            p, state = carry
+            updates, state = tx.update(curvature * p, state, p)
+            return (p + updates, state), None
+
+        start = jnp.ones(2)
+        run = start, tx.init(start)
+        product = lambda v: curvature * v  # noqa: E731
+        found = diagnose(run[1], 1e7, eps, hessian_vector_product=product)
+        (p, _), _ = jax.lax.scan(step, run, length=400)
+        return jnp.abs(p[0]), found.sharpness
+
+    sizes, sharpness = jax.vmap(last)(jnp.array([0.98, 1.02]))
+    # Rounding of 32 steps; seen: 3.2e-5.
+    np.testing.assert_allclose(sharpness, [0.98 * limit, 1.02 * limit], 1e-4)
+    assert sizes[0] < 0.05
+    assert sizes[1] > 20
+
+
+def test_sharpness_of_masked_parameters_in_half_precision():
+    params = {"w": jnp.ones(3, jnp.bfloat16), "fixed": jnp.ones(2), "absent": None}
+    mask = {"w": True, "fixed": False, "absent": None}
+    tx = optax.masked(rmsprop(0.1, 0.0, 0.0), mask)
+    state = tx.init(params)
+    _, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    seen = []
+
+    def product(v):
+        seen.append(v)
+        return jax.tree.map(lambda x: (3 * x).astype(jnp.bfloat16), v)
+
+    found = diagnose(state, 0.1, 0.0, hessian_vector_product=product)
+    np.testing.assert_allclose(found.sharpness, 0.3, 0.02)  # seen: 0.012
+    assert found.sharpness.dtype == seen[0]["w"].dtype == jnp.float32
+    assert seen[0]["absent"] is None
+
+
+BAD_PRODUCTS = [
+    (3.0, TypeError, "must be None or a function from v to H v, got 3.0"),
+    (float, TypeError, "must be None or a function"),
+    (lambda v: v["kernel"], ValueError, "must have the structure and shapes"),
+    (lambda v: {**v, "scale": None}, ValueError, "structure of its argument: got"),
+    (lambda v: {**v, "scale": v["none"]}, ValueError, r"'scale'\] has shape \(0,\)"),
+    (
+        lambda v: {**v, "scale": v["scale"].astype(jnp.complex64)},
+        TypeError,
+        "must be floating point",
+    ),
+]
+
+
+@pytest.mark.parametrize(("product", "error", "text"), BAD_PRODUCTS)
+def test_bad_products_are_refused(product, error, text):
+    with pytest.raises(error, match="`hessian_vector_product` .*" + text):
+        diagnose(rmsprop().init(PARAMS), hessian_vector_product=product)
+
+
+def test_the_sharpness_of_complex_parameters_is_refused():
+    state = rmsprop().init({"w": jnp.ones(2, jnp.complex64)})
+    with pytest.raises(TypeError, match=r"`opt_state` .* complex64 at \['w'\]; "):
+        diagnose(state, hessian_vector_product=lambda v: v)
 
 
 def test_the_state_is_left_as_it_is():

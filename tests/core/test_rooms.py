@@ -16,6 +16,7 @@ ROOMS = [
     "identify",
     "dialects",
     "diagnostics",
+    "batch_size",
     "wrappers",
     "optimizer",
     "transforms",
