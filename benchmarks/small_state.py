@@ -30,6 +30,7 @@ import optax
 import sklearn
 from matplotlib import style
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -307,9 +308,13 @@ def compressed_share(task):
 def draw(report, path):
     """A row of panels for every task: two optimizers, two losses."""
     looks = {  # ever thinner, since most lie on one another
-        "float32": {"color": "C5", "linewidth": 8, "alpha": 0.5},
-        "bfloat16 state": {"color": "C0", "linewidth": 4.5},
-        "all bfloat16, rounded at random": {"color": "C1", "linewidth": 2.5},
+        "float32": {"color": "C5", "linestyle": "-", "linewidth": 8, "alpha": 0.4},
+        "bfloat16 state": {"color": "C0", "linestyle": "-", "linewidth": 4.5},
+        "all bfloat16, rounded at random": {
+            "color": "C1",
+            "linestyle": "-",
+            "linewidth": 2,
+        },
         "uint8 state": {"color": "C2", "linestyle": ":", "linewidth": 1.5},
         "all bfloat16, rounded to nearest": {"color": "C3", "linestyle": "--"},
     }
@@ -339,7 +344,9 @@ def draw(report, path):
         panels[0].set_xlim(left=0)
         if about["log"]:
             panels[0].set(yscale="log")
+            panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panels[0].yaxis.set_major_formatter("{x:g}")
+            panels[0].yaxis.set_minor_locator(NullLocator())
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     figure.savefig(path)

@@ -132,9 +132,9 @@ def main(argv: list[str] | None = None) -> None:
     steps = 4 * np.arange(1, options.windows + 1)
     if options.output:
         axes = _common.new_figure(3.8).subplots()
-        for name, curves, color in zip(DIALECTS, returns, ("C1", "C0"), strict=True):
-            axes.plot(steps, curves.T, color, alpha=0.35, lw=0.8)
-            axes.plot(steps, curves.mean(0), color, lw=2.2, label=f"as in {name}")
+        for name, curves, look in zip(DIALECTS, returns, ("C1--", "C0-"), strict=True):
+            axes.plot(steps, curves.T, look, alpha=0.35, lw=0.8)
+            axes.plot(steps, curves.mean(0), look, lw=2.2, label=f"as in {name}")
         axes.set(xlabel="thousand steps", ylabel="return (steps until it falls)")
         axes.legend()
         _common.save_figure(axes.figure, options.output)

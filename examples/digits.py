@@ -100,10 +100,10 @@ def draw(history: np.ndarray, path: Path) -> None:
     epochs = np.arange(1, len(history) + 1)
     loss, accuracy = figure.subplots(1, 2)
     digits = ["training digits", "held-out digits"]
-    loss.semilogy(epochs, history[..., 0], ".-", label=digits)
+    loss.semilogy(epochs, history[..., 0], marker=".", label=digits)
     loss.set(xlabel="epoch", ylabel="cross-entropy loss")
     loss.legend()
-    accuracy.plot(epochs, 100 * history[..., 1], ".-")
+    accuracy.plot(epochs, 100 * history[..., 1], marker=".")
     accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
     for axes in (loss, accuracy):
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -36,7 +36,7 @@ def draw(history: list[tuple[jax.Array, jax.Array]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     left.semilogy(losses)
     left.set(xlabel="epoch", ylabel="mean squared error", title="Loss")
-    right.plot(weights, color="C0", linewidth=1)
+    right.plot(weights, "C0-", linewidth=1)
     right.hlines(np.arange(-5.0, 5.0) / 5, 0, len(history), "C5", linestyles=":")
     right.set(xlabel="epoch", title="The ten weights and their true values")
     save_figure(figure, path)

@@ -27,7 +27,7 @@ from optax_rmsprop import rmsprop
 from optax_rmsprop.wrappers import compress_state, stochastic_apply_updates
 
 EVERY = 20  # steps from one measurement of the loss to the next
-LOOKS = ("C5", 6), ("C0", 2.5), ("C2", 1), ("C3--", 1)  # some curves coincide
+LOOKS = ("C5-", 6), ("C0-", 2.5), ("C2:", 1.2), ("C3--", 1)  # some curves coincide
 Params = dict[str, jax.Array]
 
 

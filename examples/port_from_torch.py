@@ -135,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.output:
         names = ["loss in torch", "loss in JAX", "largest difference of a parameter"]
         axes = _common.new_figure(3.8).subplots()
-        lines = axes.semilogy(range(1, len(history) + 1), history, ".-", label=names)
+        epochs = range(1, len(history) + 1)
+        lines = axes.semilogy(epochs, history, marker=".", label=names)
         lines[0].set(linewidth=5, alpha=0.5)
         axes.legend(title="by epoch")
         _common.save_figure(axes.figure, options.output)

@@ -105,11 +105,12 @@ def draw(moved: list[float], stayed: list[float], path: Path) -> None:
     figure, steps = _common.new_figure(5.2), np.arange(len(moved))
     losses, differences = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     losses.semilogy(stayed, "C5", alpha=0.5, linewidth=4, label="stays in torch")
-    legs = ("C1", "moves: torch"), ("C0", "moves: Flax"), ("C1", "moves: torch again")
-    for part, (color, label) in zip(np.split(steps, 3), legs, strict=True):
+    names = "moves: torch", "moves: Flax", "moves: torch again"
+    legs = zip(np.split(steps, 3), ("C1--", "C0-", "C1--"), names, strict=True)
+    for part, look, label in legs:
         there = np.array(moved)[part]
-        losses.plot(part, there, color, linewidth=1, label=label)
-        differences.plot(part, np.abs(there - np.array(stayed)[part]), color)
+        losses.plot(part, there, look, linewidth=1, label=label)
+        differences.plot(part, np.abs(there - np.array(stayed)[part]), look)
     losses.set(ylabel="cross-entropy loss")
     losses.legend()
     differences.set(xlabel="step", ylabel="|difference|")

@@ -110,14 +110,19 @@ def draw(rows: list[dict[str, float]], best: dict[str, float], path: Path) -> No
         image = axes.imshow(shown, norm=norm, cmap="viridis_r", aspect="auto")
         for (e, r), loss in np.ndenumerate(shown):
             text, is_best = f"{100 * accuracies[r, d, m, e]:.1f}", loss == best["loss"]
-            color = "red" if is_best else "white" if norm(loss) > 0.4 else "black"
-            axes.text(r, e, text, ha="center", va="center", color=color, fontsize=8)
-        axes.set_title(f"decay {decays[d]}, momentum {momenta[m]}", fontsize=9)
-        axes.set_xticks(range(len(rates)), [f"{x:g}" for x in rates], fontsize=6.5)
-        axes.set_yticks(range(len(epses)), [f"{x:g}" for x in epses], fontsize=6.5)
-    figure.supxlabel("learning rate")
-    figure.supylabel("eps")
-    figure.colorbar(image, ax=panels, label="held-out loss")
+            color = "white" if norm(loss) > 0.4 else "black"
+            frame = {"facecolor": "none", "edgecolor": color} if is_best else None
+            look = {"color": color, "bbox": frame, "fontsize": 9}
+            axes.text(r, e, text, ha="center", va="center", **look)
+        axes.set_title(f"decay {decays[d]}, momentum {momenta[m]}", fontsize=10)
+        # As short as people write them: "1e-08" and "0.0001" do not fit.
+        for axis, values in ((axes.xaxis, rates), (axes.yaxis, epses)):
+            texts = [f"{x:.0e}".replace("e-0", "e-") for x in values]
+            axis.set_ticks(range(len(values)), texts, fontsize=9)
+    figure.supxlabel("learning rate", fontsize=10)
+    figure.supylabel("eps", fontsize=10)
+    bar = figure.colorbar(image, ax=panels, label="held-out loss")
+    bar.set_ticks([0.1, 0.2, 0.5, 1, 2], labels=["0.1", "0.2", "0.5", "1", "2"])
     _common.save_figure(figure, path)
 
 

@@ -93,21 +93,20 @@ def losses(make, steps=500):
 def main():
     plt.style.use(Path(__file__).with_name("site.mplstyle"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2))
-    for (name, make), color in zip(
-        OPTIMIZERS.items(), ("C0", "C4", "C1", "C2"), strict=True
-    ):
+    looks = ("C0", "o-"), ("C4", "^--"), ("C1", "s-."), ("C2", "D:")
+    for (name, make), (color, line) in zip(OPTIMIZERS.items(), looks, strict=True):
         curves = losses(make)
         mean, std = curves[..., -1].mean(1), curves[..., -1].std(1)
         best = int(np.nanargmin(mean))
         print(f"{name}: {mean[best]:.3f} ± {std[best]:.3f} at {RATES[best]:g}")
-        left.plot(RATES, mean, "o-", ms=4, color=color)
+        left.plot(RATES, mean, line, ms=4, color=color)
         least, most = curves[..., -1].min(1), curves[..., -1].max(1)
         left.fill_between(RATES, least, most, color=color, alpha=0.2, lw=0)
         good = [f"{r:g}" for r, x in zip(RATES, mean, strict=True) if x < 0.15]
         print(f"  below 0.15 at {', '.join(good)}")
         steps = 10 * (1 + np.arange(curves.shape[-1]))
         label = f"{name}, learning rate {RATES[best]:g}"
-        right.plot(steps, curves[best].mean(0), color=color, label=label)
+        right.plot(steps, curves[best].mean(0), color + line[1:], label=label)
     left.set(
         title="After 500 steps",
         xlabel="learning rate",

@@ -64,6 +64,7 @@ def valley(updates=50):
     widths = (1, 1, 1.1)
     figure, panels = plt.subplots(1, 3, figsize=(9, 3), width_ratios=widths)
     optimizers = {"SGD": optax.sgd(0.018), "RMSprop": rmsprop(0.1, 0.9)}
+    looks = ("C1", "^:"), ("C0", ".-")
     for axes, degrees, style in zip(panels[:2], (0, 45), ("-", "--"), strict=True):
         turn = turned(degrees)
         curvature = jnp.asarray(turn @ np.diag([1.0, 100.0]) @ turn.T, jnp.float32)
@@ -72,16 +73,16 @@ def valley(updates=50):
         heights = (along**2 + 100 * across**2) / 2
         levels = 0.3 * 4.0 ** np.arange(6)
         axes.contour(x, y, heights, levels, colors="0.5", linewidths=0.6, alpha=0.6)
-        for (name, tx), color in zip(optimizers.items(), ("C1", "C0"), strict=True):
+        for (name, tx), (color, marker) in zip(optimizers.items(), looks, strict=True):
             start = turn @ (-3, 0.8)
             path = descent(tx, lambda p, c=curvature: c @ p, start, updates)
-            axes.plot(*path.T, ".-", color=color, linewidth=0.8, markersize=3)
+            axes.plot(*path.T, marker, color=color, linewidth=0.8, markersize=3)
             distance = np.hypot(*path.T)
             label = f"{name}, {'turned' if degrees else 'along'}"
             if name == "RMSprop":
                 panels[2].plot(distance, color + style, label=label)
             elif not degrees:  # SGD's is the same in both
-                panels[2].plot(distance, color, label="SGD, either")
+                panels[2].plot(distance, color + ":", label="SGD, either")
         axes.plot(0, 0, "+", color="C5", markersize=12)
         axes.set(xlabel="parameter 1", aspect="equal")
         axes.grid(False)

@@ -66,7 +66,7 @@ def eps_in_sqrt(sizes=300):
     for text, under, style in (
         ("1e-4", False, "C0-"),
         ("1e-8", True, "C2--"),
-        ("1e-4", True, "C1-"),
+        ("1e-4", True, "C1:"),
     ):
         tx = rmsprop(1.0, 0.9, float(text), eps_in_sqrt=under)
         label = f"{text} {'under the root' if under else 'outside'}"
@@ -113,8 +113,8 @@ def centered(updates=2000, ratios=17, numbers=64):
     gradients = jnp.asarray(1 + spread * normal(updates, numbers, ratios))
     cases = {
         "plain": ({}, "C5-"),
-        "centered, eps 0.1": ({"eps": 0.1, "centered": True}, "C2-"),
-        "centered, eps 0.01": ({"eps": 0.01, "centered": True}, "C0-"),
+        "centered, eps 0.1": ({"eps": 0.1, "centered": True}, "C2-."),
+        "centered, eps 0.01": ({"eps": 0.01, "centered": True}, "C0:"),
         "centered, eps 1e-8": ({"centered": True}, "C3--"),
     }
     for label, (options, style) in cases.items():
@@ -147,7 +147,7 @@ def accumulator_dtype(updates=4000, numbers=4096):
                 tx, gradients, lambda state: decompress_state(state).nu
             ),
         }
-        styles = (("C3-", 1.6), ("C0-", 4), ("C1--", 1.2))
+        styles = (("C3:", 1.6), ("C0-", 4), ("C1--", 1.2))
         for (label, root), (style, width) in zip(lines.items(), styles, strict=True):
             axes.semilogy(root.mean(1), style, label=label, linewidth=width)
         axes.set(title=f"decay {d}", xlabel="updates", ylim=(0.05, 4))

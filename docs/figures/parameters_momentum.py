@@ -28,7 +28,7 @@ def momentum(updates=60, trained=400):
         tx = rmsprop(1.0, momentum=m, bias_correction=True)
         at = np.arange(1, updates + 1)
         left.plot(at, steps(tx, jnp.ones(updates)), color, label=f"momentum {m:g}")
-    for m, lr, style in ((0.0, 1e-3, "C5-"), (0.9, 1e-3, "C1-"), (0.9, 1e-4, "C0-")):
+    for m, lr, style in ((0.0, 1e-3, "C5-"), (0.9, 1e-3, "C1--"), (0.9, 1e-4, "C0-.")):
         label = f"momentum {m:g}, learning rate {lr:g}"
         right.semilogy(
             training(rmsprop(lr, 0.99, momentum=m), loss, trained), style, label=label

@@ -6,6 +6,7 @@ from pathlib import Path
 import carry
 import gpu
 import many_leaves
+import offload
 import small_state
 import small_state_cost
 import step
@@ -36,6 +37,7 @@ register("step-single_pass", step.TABLE_HEAD, step.table_line)
 register("step-gpu", step.TABLE_HEAD, step.table_line)
 register("step-gpu-compiled", gpu.TABLE_HEAD, gpu.table_line)
 register("step-tpu", tpu.TABLE_HEAD, tpu.table_line)
+register("offload-tpu", offload.TABLE_HEAD, offload.table_line)
 register("carry", carry.TABLE_HEAD, carry.table_line)
 register(
     "carry_small",
@@ -49,6 +51,15 @@ register("small_state", small_state.TABLE_HEAD, small_state.table_line)
 cost = small_state_cost
 register("small_state_cost-cpu", cost.TABLE_HEAD, cost.table_line)
 register("small_state_cost-tpu", cost.TPU_TABLE_HEAD, cost.tpu_table_line)
+
+
+@table("offload-peaks")
+def offload_peaks(language):
+    path = ROOT / "benchmarks" / "results" / "offload-tpu.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    found = [x for x in rows.items() if "peak_bytes" in x[1]]
+    lines = (offload.peaks_line(*row) for row in found)
+    return "\n".join([offload.PEAKS_TABLE_HEAD, *lines])
 
 
 @table("state_error")

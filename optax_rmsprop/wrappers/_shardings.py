@@ -67,7 +67,9 @@ def state_shardings(
     Returns:
       A `NamedSharding` for each leaf of `tx.init(params)`, in its structure. Use them
       as `out_shardings` of a compiled init, as both shardings of a compiled step, in
-      `jax.device_put` and to restore checkpoints. `jax.tree.map(lambda s: s.spec,
+      `jax.device_put` and to restore checkpoints. `jax.tree.map(lambda s:
+      s.with_memory_kind("pinned_host"), shardings)` puts the state into host memory
+      instead (docs/scale.md says how to step with it). `jax.tree.map(lambda s: s.spec,
       shardings)` gives specs for `jax.shard_map`, if no axis within a row of
       `compress_state` is partitioned: there, every shard has its own `formats`.
 
@@ -134,8 +136,9 @@ def check_state_shardings(state: optax.OptState, shardings: optax.OptState) -> N
         structure of the state.
 
     Returns:
-      None. Shardings are equal if they put the same shards on the same devices, even if
-      the names of axes differ, unless axes are explicit. The count after
+      None. Shardings are equal if they put the same shards on the same devices, in the
+      same kind of memory (such as "device" or "pinned_host"), even if the names of axes
+      differ, unless axes are explicit. The count after
       `tx.init(params)` is on one device, and therefore not replicated, although JAX may
       still move it.
 
@@ -180,10 +183,10 @@ def check_state_shardings(state: optax.OptState, shardings: optax.OptState) -> N
             remedy = "jax.device_put(state, shardings) moves it"
             if isinstance(leaf, Tracer):
                 remedy = "call this outside of jax.jit"
+            found = _text_of(got, sharding) if got else kind_of(leaf)
             raise ValueError(
-                "`state` must be sharded as in `shardings`, got "
-                f"{_text_of(got) if got else kind_of(leaf)} at {at(path)}, expected "
-                f"{_text_of(sharding)}; {remedy}"
+                f"`state` must be sharded as in `shardings`, got {found} at "
+                f"{at(path)}, expected {_text_of(sharding, got)}; {remedy}"
             )
 
 
@@ -286,11 +289,13 @@ def _sharding_of(leaf: Any) -> Any:
     return None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
 
 
-def _text_of(sharding: Any) -> str:
+def _text_of(sharding: Any, other: Any) -> str:
+    """Show a sharding, with its kind of memory if the other has another kind."""
     if not isinstance(sharding, NamedSharding):
         return short(str(sharding), 140)
     memory = sharding.memory_kind
-    within = f" in {memory}" if memory not in (None, "device", "unpinned_host") else ""
+    differs = memory != getattr(other, "memory_kind", memory)
+    within = f" in {memory}" if differs else ""
     return short(f"{sharding.spec} on {_text_of_mesh(sharding.mesh)}{within}", 140)
 
 

@@ -30,12 +30,18 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def tpu():
+def run_benchmark():
+    """A function from the name of a benchmark to the names in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # by several test processes
         patch.syspath_prepend(FOLDER)
-        yield runpy.run_path(str(FOLDER / "tpu.py"))
+        yield lambda name: runpy.run_path(str(FOLDER / f"{name}.py"))
+
+
+@pytest.fixture(scope="module")
+def tpu(run_benchmark):
+    return run_benchmark("tpu")
 
 
 def compile_step(tpu, topology, *args):
@@ -81,6 +87,32 @@ def test_small_states_move_no_more_than_float32(tpu, topology, kind, dtype, limi
     compiled = compile_step(tpu, topology, tx)
     assert tpu["moved_bytes"](compiled.as_text()) / 8192**2 < limit + 0.01
     assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+
+
+# The compiler of jax 0.10 refuses arrays of bytes in host memory.
+NEWER = pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="needs jax 0.12")
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(None, 8), ("bfloat16", 4), pytest.param("uint8", 2, marks=NEWER)],
+)
+def test_a_state_in_host_memory_crosses_the_link_twice(
+    run_benchmark, topology, dtype, limit
+):
+    """In and out, and no more; the host keeps one copy."""
+    offload = run_benchmark("offload")
+    tx = compress_state(rmsprop(), dtype) if dtype else rmsprop()
+    layers, _ = offload["model"](topology)
+    params = dict(list(layers.items())[:2])
+    compiled = offload["compile_step"](tx, params)
+    size, memory = sum(p.size for p in params.values()), compiled.memory_analysis()
+    assert offload["link_bytes"](compiled) / size == pytest.approx(limit, abs=0.01)
+    state = memory.host_argument_size_in_bytes
+    assert state == memory.host_alias_size_in_bytes
+    assert state / size == pytest.approx(limit / 2, abs=0.01)
+    assert memory.argument_size_in_bytes / size == pytest.approx(8, abs=0.01)
 
 
 class Network(nn.Module):

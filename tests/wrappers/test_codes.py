@@ -154,7 +154,7 @@ def test_the_range_of_a_row_decides_how_far_apart_its_levels_are(octaves):
     inside = x > 2.0**-80.5
     errors = abs(stored / x - 1)[inside]
     assert 0.3 / n < errors.max() < 1.01 / n or octaves == 0
-    np.testing.assert_allclose(stored[~inside], 2.0**-81, rtol=0.3)
+    np.testing.assert_allclose(stored[~inside], 2.0**-81, rtol=0.35)
 
 
 def test_signed_levels_are_even_near_0():
@@ -219,7 +219,7 @@ def test_zeros_do_not_widen_the_range():
     codes, with_zeros = first(x), first(x * (np.arange(128) % 3 > 0))
     for seed in range(3):
         levels = [int(c[1].levels.item()) for c in (codes, with_zeros)]
-        assert levels == [pytest.approx(170, abs=10)] * 2
+        assert levels == [pytest.approx(180, abs=10)] * 2
         codes, with_zeros = (
             following(decoded(*c), c, seed) for c in (codes, with_zeros)
         )

@@ -521,6 +521,33 @@ def test_a_state_elsewhere_has_more_collectives():
         state_shardings(R(), params | {"stack": moved["stack"]})
 
 
+@pytest.mark.skipif(
+    "pinned_host" not in [m.kind for m in jax.devices()[0].addressable_memories()],
+    reason="CPUs have pinned_host memory in newer versions of JAX",
+)
+@pytest.mark.parametrize("kind", slow_but(["everything"], KINDS))
+def test_a_state_in_host_memory(kind):
+    """It computes the same, and a state in the other memory is found, either way."""
+    tx = KINDS[kind]
+    _, params, places, shardings = fsdp("Auto", kind)
+    in_host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
+    state = jax.jit(tx.init, out_shardings=in_host)(params)
+
+    def step(params, state, grads):
+        return stepper(tx)(params, jax.device_put(state, shardings), grads)
+
+    step = jax.jit(step, out_shardings=(places, in_host), donate_argnums=(0, 1))
+    for i in range(STEPS):
+        params, state = step(params, state, jax.device_put(draw(i + 1), places))
+    check_state_shardings(state, in_host)
+    assert_equal((params, state), alone(kind))
+    for there, wanted in ((shardings, in_host), (in_host, shardings)):
+        kinds = (jax.tree.leaves(x)[0].memory_kind for x in (there, wanted))
+        message = r"\) in {} at .*count, expected .*\) in {}; jax.device_put"
+        with pytest.raises(ValueError, match=message.format(*kinds)):
+            check_state_shardings(jax.device_put(state, there), wanted)
+
+
 def test_zero1_with_scattered_gradients():
     """Gradients in the parts of the state: what a reduce-scatter gives."""
     tx = KINDS["everything"]
