@@ -28,7 +28,11 @@ from optax_rmsprop._errors import at, kind_of, short, shown
 from optax_rmsprop._numerics import cast
 from optax_rmsprop.wrappers import _codes
 from optax_rmsprop.wrappers._codes import Format
-from optax_rmsprop.wrappers._rounding import random_axis_bits, stochastic_round
+from optax_rmsprop.wrappers._rounding import (
+    random_axis_bits,
+    step_key,
+    stochastic_round,
+)
 from optax_rmsprop.wrappers._transformation import checked
 
 GOLDEN_RATIO = 0x9E3779B9  # its first 32 bits: an arbitrary number
@@ -319,7 +323,8 @@ def _compress(
 ) -> CompressedState:
     """Compress an inner state: to codes in this format, or without one to bfloat16."""
     arrays = [x for _, x in _compressed_arrays(inner, dtypes)]
-    axis_bits = random_axis_bits(_key(seed, count), [x.shape for x in arrays])
+    key = step_key(seed ^ GOLDEN_RATIO, count)
+    axis_bits = random_axis_bits(key, [x.shape for x in arrays])
     if format is None:
         pairs = zip(arrays, axis_bits, strict=True)
         new = [stochastic_round(x, jnp.bfloat16, bits) for x, bits in pairs]
@@ -329,16 +334,6 @@ def _compress(
     following = _codes.next_format(format, jnp.stack(lowest), jnp.stack(highest))
     inner = _replaced(inner, dtypes, codes)
     return CompressedState(count, inner, Formats(format, following), dtypes)
-
-
-def _key(seed: int, count: jax.Array) -> jax.Array:
-    """Return the key of a step.
-
-    `jax.random.key(n)` is (0, n), so seed 0 must not become 0: a user's key could have
-    the same bits as the step. `jax.random.fold_in` takes a draw more.
-    """
-    both = jnp.stack([jnp.uint32(seed ^ GOLDEN_RATIO), count.astype(jnp.uint32)])
-    return jax.random.wrap_key_data(both, impl="threefry2x32")
 
 
 def _decompress(state: CompressedState) -> optax.OptState:
