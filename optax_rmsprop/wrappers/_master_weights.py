@@ -1,18 +1,25 @@
 """Parameters in bfloat16 that are accurate to 24 or 32 bits.
 
-Mixed precision usually keeps two copies of the parameters: in float32, the master
-weights, to which updates are added, and in bfloat16, with which the gradients are
-computed. The second copy is the first one rounded, so it repeats its upper half. Here
-the state has only what is missing in it.
+Mixed precision usually keeps the parameters twice: in float32, the master weights, to
+which updates are added, and rounded to bfloat16, with which gradients are computed. The
+second copy repeats the upper half of the first, since a bfloat16 is the upper half of a
+float32. Here the state has only the lower half.
 
-A bfloat16 is the upper half of a float32. Read as an integer, the bits of a positive
-number grow with it, and so do those of a negative number with its magnitude. So a
-master weight near 0.1 and its parameter are
+Read as an integer, the bits of a positive number grow with it, and those of a negative
+number with its magnitude. So a bfloat16 may also be a little larger than the master
+weight, and the correction is then negative. An example:
 
-    bits of the master       0x3DCCCCCD          0.1 in float32
-    bits of the parameter    0x3DCD              0.10009766, the nearest bfloat16
-    correction               0xCCCD - 0x10000 = -0x3333, an int16
-    as an int8               -0x33, or -0x34 in 51 of 256 cases
+    bits of the master weight    0x3DCCCCCD     0.1 in float32
+    bits of the parameter        0x3DCD         0.10009766, the nearest bfloat16
+    correction, in int16         -0x3333        0x3DCCCCCD - 0x3DCD0000
+    correction, in int8          -0x33          or -0x34 in 51 of 256 cases
+
+This differs from FlashOptim:
+
+1. It wraps any optax transformation.
+2. With int16, the master weight is a float32 to the bit.
+3. With int8, it is rounded at random. Rounded to the nearest, it would stop moving if
+   its steps are shorter than half the distance of its neighbours.
 """
 
 from typing import Any, NamedTuple
@@ -22,17 +29,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import tree_flatten_with_path, tree_map_with_path
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from optax_rmsprop import _errors
 from optax_rmsprop._errors import at, dtype_of, kind_of, short, shown, trees
-from optax_rmsprop._numerics import cast, clip, where, within_range
+from optax_rmsprop._numerics import cast, clip
 from optax_rmsprop.wrappers._rounding import (
     LOWER_HALF_BITS,
     bits_of,
-    cut,
     from_bits,
     random_axis_bits,
+    random_bits,
     step_key,
 )
 from optax_rmsprop.wrappers._transformation import checked
@@ -40,6 +47,10 @@ from optax_rmsprop.wrappers._transformation import checked
 # The first 32 bits of the root of 2: an arbitrary number, but not `compress_state`'s,
 # so that the parameters and their averages are rounded independently.
 ROOT_OF_2 = 0xB504F333
+
+# Master weights are clipped to [-LIMIT, LIMIT]. The difference of a number in there and
+# any finite bfloat16 does not overflow in float32.
+LIMIT = 2.0**119
 
 
 class MasterWeightsState(NamedTuple):
@@ -49,9 +60,9 @@ class MasterWeightsState(NamedTuple):
       count: int32 scalar, the number of updates made. With the seed, it determines all
         random bits.
       inner: the state of `tx`, as it is for float32 parameters.
-      corrections: for each bfloat16 parameter an array of its shape in int8 or int16.
-        It is what its master weight has beyond the parameter, in units of the master
-        weight's bit 8 or bit 0. None for each parameter in another dtype.
+      corrections: for each bfloat16 parameter an array of its shape, in int8 or int16:
+        the bits of the master weight less those of the parameter. For a parameter in
+        another dtype None.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
@@ -70,44 +81,47 @@ def master_weights(
         p           <- the bfloat16 nearest to m
         correction  <- bits(m) - bits(p)
 
-    The transformation sees float32 alone: parameters, gradients and state. Gradients in
-    16 bits are converted, which is exact. With an int16 the master weight m is a
-    float32. With an int8 it has the first 24 bits of one, and is rounded up or down at
-    random so that the mean is exact. Its neighbours are 0.0015 to 0.003 % away, those
-    of a bfloat16 0.4 to 0.8 %.
+    Everything in `tx` is as for float32 parameters: it is given the master weights m,
+    and gradients are converted to float32. With an int16, m is a float32, and a run is
+    that of float32 parameters whose gradients are computed after rounding them to
+    bfloat16. With an int8, m has the first 24 bits of a float32, and is rounded up or
+    down at random so that the mean is exact. Its neighbours are 0.0015 to 0.003 % away,
+    those of a bfloat16 0.4 to 0.8 %.
 
-    Wrap the outermost transformation, because its updates must be added as they are.
-    Only `optax.MultiSteps`, `optax.masked`, `optax.partition` and the like, which
-    decide whether an update is made, may be outside. `compress_state` goes inside.
+    Its updates must be added as they are, so no other transformation may change them.
+    Wrap a whole chain. `compress_state` goes inside. `optax.MultiSteps` and
+    `optax.masked` may be outside, and so may any other that decides only whether an
+    update is made.
 
     Args:
       tx: any optax transformation. Weight decay, or whatever else reads the parameters,
         is given the master weights.
-      dtype: jnp.int8 or jnp.int16, of the corrections.
+      dtype: the dtype of the corrections, jnp.int8 or jnp.int16.
       seed: a Python integer in [0, 2³²) for the rounding to 24 bits. The same seed
         gives the same bits.
 
     Returns:
       A transformation whose state is a `MasterWeightsState`. Its updates of bfloat16
-      parameters are in float32: `optax.apply_updates` then adds them in float32, and
-      makes the bfloat16 nearest to m (of two, the larger). It needs JAX's standard
-      dtype promotion. Parameters of 32 bits and more have the updates of `tx`.
+      parameters are in float32, such that `optax.apply_updates` makes exactly the
+      bfloat16 nearest to m. (It needs JAX's standard promotion of dtypes. Under the
+      strict one use `stochastic_apply_updates`, which then has nothing to round.) There
+      is one exception: no float32 leads from a parameter to some numbers of less than
+      2⁻¹⁶ of its size. After such a step, m may be off by 2⁻²³ of the old parameter.
+      Parameters in other dtypes have the updates of `tx`.
 
-      A parameter that a step reduces to less than 2⁻¹⁶ of its size may be one that no
-      float32 can be added to reach. Then the next one is made, and m is that: the
-      difference is below the rounding error of m + u. Sums of finite numbers are
-      clipped to the range of bfloat16. If a parameter or its update is infinite, the
-      new parameter is NaN.
+      Master weights are clipped to [-2¹¹⁹, 2¹¹⁹]. If a parameter or its update is
+      infinite, the new parameter is NaN.
 
-      If you change a parameter between updates, m changes with it, and is still a
-      number that is rounded to it. `bfloat16_params` starts from numbers of your own.
+      If you change a parameter between updates, its correction stays, so that m is
+      another number which is rounded to the parameter. Change the master weights
+      instead, with `float32_params` and `bfloat16_params`.
 
     Raises:
       TypeError: a `tx` that is not an optax transformation; a seed that is not an
         integer.
-      ValueError: another dtype; a seed out of its range; parameters in another dtype of
-        16 bits or fewer; an update without parameters, or with parameters or a state of
-        other dtypes and shapes than those given to init.
+      ValueError: another dtype; a seed out of its range; parameters in float16 or fewer
+        bits; an update without parameters, with parameters of other dtypes and shapes
+        than in init, or with another state.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -223,8 +237,8 @@ def bfloat16_params(
     Returns:
       The parameters, in bfloat16 where they have a correction, and the state with new
       corrections. Then `float32_params` returns the master weights: exactly with int16,
-      rounded to the nearest 24 bits with int8. Finite numbers are clipped to the range
-      of bfloat16.
+      rounded to the nearest 24 bits with int8. Finite numbers are clipped to
+      [-2¹¹⁹, 2¹¹⁹], and those of less than 2⁻¹²⁶ may become 0.
 
     Raises:
       ValueError: a state without a `MasterWeightsState`, or with several; master
@@ -248,10 +262,9 @@ def bfloat16_params(
     def split(master: Any, correction: Any) -> tuple[Any, Any]:
         if not _is_array(correction):
             return master, correction
-        master = within_range(jnp.asarray(master), jnp.bfloat16, master)
-        master = _nearest(master, _cut_bits(correction.dtype))
-        p, correction = _split(master, correction.dtype)
-        return p.astype(jnp.bfloat16), correction
+        to_nearest = 2 ** _cut_bits(correction.dtype) // 2
+        p, correction = _split(master, correction.dtype, to_nearest)
+        return (p + 0 * master).astype(jnp.bfloat16), correction
 
     structure: Any
     leaves, structure = jax.tree.flatten(masters)
@@ -274,21 +287,31 @@ def _join(p: Any, correction: Any) -> Any:
     """Return the master weight: p itself if it has no correction."""
     if not _is_array(correction):
         return p
-    # Within a program, XLA may keep a bfloat16 in float32 and leave out its rounding.
-    # It does not leave out this one.
-    p = _as_bfloat16(p.astype(jnp.float32))
+    p = p.astype(jnp.float32)
     difference = correction.astype(jnp.int32) << _cut_bits(correction.dtype)
-    # After the user changed a parameter to 0 or infinity, a correction could make it
-    # NaN, or finite.
-    has_neighbours = (abs(p) > 0) & (abs(p) < jnp.inf)
-    return jnp.where(has_neighbours, from_bits(bits_of(p) + difference), p)
+    # Left out at 0, which a negative correction would turn into NaN. A 0 has one if the
+    # user has changed the parameter.
+    return jnp.where(p == 0, p, from_bits(bits_of(p) + difference))
 
 
-def _split(master: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array]:
-    """Return the nearest bfloat16, in float32, and the correction."""
-    p = _nearest(master, LOWER_HALF_BITS)
-    difference = bits_of(master) - bits_of(p)
-    return p, (difference >> _cut_bits(dtype)).astype(dtype)
+def _split(
+    master: jax.Array, dtype: np.dtype, up: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """Return the nearest bfloat16, in float32, and the correction.
+
+    `up` is added to the bits before those are cut off that the correction lacks. Random
+    bits round at random, and half the last bit that is kept rounds to the nearest.
+
+    Halfway between two bfloat16, the nearest is the one farther from 0, because a
+    correction may be -2¹⁵ but not 2¹⁵.
+    """
+    cut_bits = _cut_bits(dtype)
+    bits = bits_of(clip(master, LIMIT)) + up & -1 << cut_bits
+    # The lower half, with its first bit as the sign.
+    difference = bits << LOWER_HALF_BITS >> LOWER_HALF_BITS + cut_bits
+    correction = difference.astype(dtype)
+    p = from_bits(bits - (correction.astype(jnp.int32) << cut_bits))
+    return p, correction
 
 
 def _step(
@@ -297,36 +320,12 @@ def _step(
     """Return what to add to a parameter, and its next correction."""
     if update is None or not _is_array(correction):
         return update, correction
-    dtype = correction.dtype
     update = cast(update, jnp.float32)
-    master = within_range(master + update, jnp.bfloat16, master, update)
-    if cut_bits := _cut_bits(dtype):
-        master = cut(master, cut_bits, axis_bits)
-    nearest, correction = _split(master, dtype)
-    p = p.astype(jnp.float32)
-    update = clip(nearest - p, float(jnp.finfo(jnp.float32).max))
-    # If `nearest` is less than 2⁻¹⁶ of p, the difference may be rounded, and p + update
-    # another number. Then it is the master weight, without a correction. The same holds
-    # if the difference would overflow.
-    is_missed = _as_bfloat16(p + update) != nearest
-    return update, where(is_missed, 0, correction)
-
-
-def _nearest(x: jax.Array, dropped: int) -> jax.Array:
-    """Round float32 numbers to the nearest ones whose last `dropped` bits are 0.
-
-    Halfway between two, it is the one farther from 0, because an int16 may be -2¹⁵ but
-    not 2¹⁵.
-    """
-    bits = bits_of(x) + (1 << dropped) // 2 & -1 << dropped
-    # A NaN is left out, because a carry could make its bits those of a number.
-    return jnp.where(x == x, from_bits(bits), x)
-
-
-def _as_bfloat16(x: jax.Array) -> jax.Array:
-    """Round float32 numbers as a conversion to bfloat16 does, and stay in float32."""
-    info = jnp.finfo(jnp.bfloat16)
-    return jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    dtype, cut_bits = correction.dtype, _cut_bits(correction.dtype)
+    up = random_bits(p.shape, cut_bits, axis_bits) if cut_bits else 0
+    new, correction = _split(master + update, dtype, up)
+    # p + (new - p) is rounded to `new`, unless that is less than 2⁻¹⁶ of p.
+    return new - p.astype(jnp.float32) + 0 * update, correction
 
 
 def _widen(g: Any, correction: Any) -> Any:

@@ -33,6 +33,7 @@ ONE = EXPONENT_BIAS << MANTISSA_BITS
 
 # A bfloat16 is the upper half of a float32.
 LOWER_HALF_BITS = 16
+UPPER_HALF = ~0xFFFF
 
 # Indices of a longer axis are hashed with one random number. A random number for each
 # of them would make the draw large.
@@ -116,13 +117,6 @@ def _hash(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def cut(x: jax.Array, dropped: int, axis_bits: Sequence[jax.Array]) -> jax.Array:
-    """Round float32 numbers at random to numbers whose last `dropped` bits are 0."""
-    total = bits_of(x) + random_bits(x.shape, dropped, axis_bits)
-    # A NaN is left out, because a carry could make its bits those of a number.
-    return jnp.where(x == x, from_bits(total & -1 << dropped), x)
-
-
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def stochastic_round(
     x: ArrayLike, dtype: DTypeLike, axis_bits: Sequence[jax.Array]
@@ -145,7 +139,10 @@ def stochastic_round(
     info = jnp.finfo(dtype)
     x = clip(x, float(info.max)) + 0 * x  # NaN if x is infinite
     if dtype == jnp.bfloat16:
-        return cut(x, LOWER_HALF_BITS, axis_bits).astype(dtype)
+        total = bits_of(x) + random_bits(x.shape, LOWER_HALF_BITS, axis_bits)
+        bits = total & UPPER_HALF
+        # A NaN is left out, because a carry could make its bits those of a number.
+        return jnp.where(x == x, from_bits(bits), x).astype(dtype)
     # The spacing is 2 ** (exponent of x - bits of the mantissa). Below the smallest
     # normal number it stays the same.
     exponent = bits_of(x) & EXPONENT_FIELD

@@ -270,7 +270,10 @@ def _check_compressible(leaf: Any, path: Any) -> None:
     dtype = jnp.result_type(leaf)
     why = ""
     if jnp.issubdtype(dtype, jnp.integer):
-        why = "leave integer parameters out with optax.masked"
+        why = (
+            "leave integer parameters out with optax.masked, and wrap compress_state "
+            "in master_weights, not the reverse"
+        )
     elif dtype == jnp.float64:
         why = (
             "codes have the range of float32: keep averages in float32, in rmsprop by "

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_rmsprop import compress_state, rmsprop, state_shardings
+from optax_rmsprop.wrappers import master_weights
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu"
@@ -80,6 +81,20 @@ def test_small_states_move_no_more_than_float32(tpu, topology, kind, dtype, limi
     tx = compress_state(rmsprop(**OPTIONS[kind][0]), dtype)
     compiled = compile_step(tpu, topology, tx)
     assert tpu["moved_bytes"](compiled.as_text()) / 8192**2 < limit + 0.01
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "bytes_"), [("plain", "int8", 16), ("momentum", "int16", 26)]
+)
+def test_corrected_parameters_are_read_and_written_once(
+    tpu, topology, kind, dtype, bytes_
+):
+    tx = master_weights(rmsprop(**OPTIONS[kind][0]), dtype)
+    compiled = compile_step(tpu, topology, tx, (8192, 8192), jnp.bfloat16)
+    moved = tpu["moved_bytes"](compiled.as_text()) / 8192**2
+    assert moved == pytest.approx(bytes_, abs=0.01)
     assert compiled.memory_analysis().temp_size_in_bytes < 2**20
 
 
