@@ -84,6 +84,7 @@ def test_small_states_move_no_more_than_float32(tpu, topology, kind, dtype, limi
     assert compiled.memory_analysis().temp_size_in_bytes < 2**20
 
 
+@pytest.mark.usefixtures("standard_promotion")  # for optax.apply_updates
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize(
     ("kind", "dtype", "bytes_"), [("plain", "int8", 16), ("momentum", "int16", 26)]
