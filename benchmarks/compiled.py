@@ -63,7 +63,7 @@ def run(doc, record, table_head, rows, table_line, over_limits):
     return bool(failures)
 
 
-def compile_step(device, tx, shape=SHAPE):
+def compile_step(device, tx, shape=SHAPE, dtype=jnp.float32):
     """The step of one array, or of a tree of them, given by their shapes."""
     sharding = jax.sharding.SingleDeviceSharding(device)
 
@@ -72,7 +72,7 @@ def compile_step(device, tx, shape=SHAPE):
         return optax.apply_updates(params, updates), state
 
     params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x, jnp.float32),
+        lambda x: jax.ShapeDtypeStruct(x, dtype),
         shape,
         is_leaf=lambda x: isinstance(x, tuple),
     )
@@ -85,8 +85,7 @@ def compile_step(device, tx, shape=SHAPE):
 
 ITEM_BYTES = {
     **{"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "s16": 2, "u16": 2},
-    **{"s8": 1, "u8": 1, "pred": 1},
-    "token": 0,
+    **{"s8": 1, "u8": 1, "pred": 1, "token": 0},
 }
 NO_TRAFFIC = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 INSTRUCTION = re.compile(

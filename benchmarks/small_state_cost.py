@@ -7,6 +7,8 @@ its time may be the system's, which clears them for every call.
 
 With --tpu instead what the TPU compiler makes of a step of one 8192 x 8192 array, on a
 machine without a TPU: the bytes that it moves to and from HBM, and its scratch memory.
+In further columns parameters and gradients are in bfloat16, with the corrections of
+`master_weights` in int8 or int16 and the state in float32.
 
     python benchmarks/small_state_cost.py
     pip install -e ".[tpu]"
@@ -25,6 +27,7 @@ import numpy as np
 
 import tpu
 from optax_rmsprop import compress_state, rmsprop
+from optax_rmsprop.wrappers import master_weights
 from step import (
     HYPERPARAMETERS,
     JaxSteps,
@@ -43,6 +46,7 @@ OPTIONS = {
 }
 ON_TPU = OPTIONS | {"momentum+decay": {"momentum": 0.9, "weight_decay": 1e-4}}
 STATES = ("bfloat16", "uint8")
+CORRECTIONS = ("int8", "int16")
 # --check accepts these for uint8: HBM bytes per parameter, and 1 MiB of scratch.
 LIMITS = {"plain": 20, "momentum": 28}
 TIME_LIMIT = 1.5  # of a step in float32
@@ -52,8 +56,9 @@ leaves | options | steps per call | float32, ms per step | bfloat16 / float32 | 
 uint8 / float32 | state, bytes per parameter
 ---|---|---|---|---|---|---"""
 TPU_TABLE_HEAD = """\
-compiled for | options | float32 | bfloat16 | uint8
----|---|---|---|---"""
+compiled for | options | float32 | bfloat16 | uint8 | bfloat16 parameters, int8 | \
+bfloat16 parameters, int16
+---|---|---|---|---|---|---"""
 
 
 def transforms(options):
@@ -140,6 +145,9 @@ def compilations():
     for topology, (kind, options) in itertools.product(tpu.BANDWIDTHS, ON_TPU.items()):
         txs = transforms(options).items()
         row = {name: tpu.measure(topology, tx) for name, tx in txs}
+        for dtype in CORRECTIONS:
+            tx = master_weights(rmsprop(*HYPERPARAMETERS, **options), dtype)
+            row[dtype] = tpu.measure(topology, tx, jnp.bfloat16)
         yield f"{topology} {kind}", row
 
 

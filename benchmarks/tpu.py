@@ -11,6 +11,7 @@ an optimizer's arithmetic is little). The times are computed, not measured.
 
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
@@ -38,8 +39,8 @@ def devices(topology):
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
-def measure(topology, tx):
-    compiled = compile_step(devices(topology)[0], tx)
+def measure(topology, tx, dtype=jnp.float32):
+    compiled = compile_step(devices(topology)[0], tx, dtype=dtype)
     program = compiled.as_text()
     moved = moved_bytes(program)
     return {

@@ -3,7 +3,7 @@
 python docs/figures/levels.py
 
 The quantization maps of bitsandbytes and flashoptim are made here from their papers
-(Dettmers et al., arXiv:2110.02861; Ortiz et al., arXiv:2602.23349).
+(Dettmers et al., arXiv:2110.02861; Gonzalez Ortiz et al., arXiv:2602.23349).
 """
 
 from pathlib import Path

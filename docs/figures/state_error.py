@@ -8,7 +8,7 @@ next and not within. Averages of their squares are kept by each method for 2000 
 in a loop of its own, and compared with float32's in all steps of the last half.
 
 The codes of bitsandbytes and flashoptim are made here from their papers (Dettmers et
-al., arXiv:2110.02861; Ortiz et al., arXiv:2602.23349).
+al., arXiv:2110.02861; Gonzalez Ortiz et al., arXiv:2602.23349).
 
 Writes all errors to state_error.json, from which `python docs/tables` makes the table
 of docs/low_precision.md.

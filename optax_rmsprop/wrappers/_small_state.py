@@ -28,13 +28,10 @@ from optax_rmsprop.wrappers import _codes
 from optax_rmsprop.wrappers._codes import Format
 from optax_rmsprop.wrappers._rounding import (
     GOLDEN_RATIO,
-    random_axis_bits,
+    axis_bits_of_step,
     stochastic_round,
 )
 from optax_rmsprop.wrappers._transformation import checked
-
-# Random bits are drawn anew after so many steps.
-STEPS_OF_A_DRAW = 256
 
 
 class Formats(NamedTuple):
@@ -276,7 +273,10 @@ def _check_compressible(leaf: Any, path: Any) -> None:
     dtype = jnp.result_type(leaf)
     why = ""
     if jnp.issubdtype(dtype, jnp.integer):
-        why = "leave integer parameters out with optax.masked"
+        why = (
+            "leave integer parameters out with optax.masked, and wrap compress_state "
+            "in master_weights, not the reverse"
+        )
     elif dtype == jnp.float64:
         why = (
             "codes have the range of float32: keep averages in float32, in rmsprop by "
@@ -331,8 +331,8 @@ def _compress(
 ) -> CompressedState:
     """Compress an inner state: to codes in these formats, or to bfloat16 if None."""
     arrays = [x for _, x in _compressed_arrays(inner, dtypes)]
-    key = _key(seed, count // STEPS_OF_A_DRAW)
-    axis_bits = random_axis_bits(key, [x.shape for x in arrays], count)
+    shapes = [x.shape for x in arrays]
+    axis_bits = axis_bits_of_step(seed ^ GOLDEN_RATIO, count, shapes)
     if formats is None:
         pairs = zip(arrays, axis_bits, strict=True)
         new = [stochastic_round(x, jnp.bfloat16, bits) for x, bits in pairs]
@@ -352,16 +352,6 @@ def _compress(
     inner = _replaced(inner, dtypes, [codes for codes, *_ in encoded])
     both = Formats(in_structure(formats), in_structure(following))
     return CompressedState(count, inner, both, dtypes)
-
-
-def _key(seed: int, draw: jax.Array) -> jax.Array:
-    """Return the key of a draw of random bits.
-
-    `jax.random.key(n)` is (0, n), so seed 0 must not become 0: a user's key could have
-    the same bits as the draw. `jax.random.fold_in` takes a draw more.
-    """
-    both = jnp.stack([jnp.uint32(seed ^ GOLDEN_RATIO), draw.astype(jnp.uint32)])
-    return jax.random.wrap_key_data(both, impl="threefry2x32")
 
 
 def _decompress(state: CompressedState) -> optax.OptState:

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_rmsprop import compress_state, rmsprop, state_shardings
+from optax_rmsprop.wrappers import master_weights
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu"
@@ -113,6 +114,21 @@ def test_a_state_in_host_memory_crosses_the_link_twice(
     assert state == memory.host_alias_size_in_bytes
     assert state / size == pytest.approx(limit / 2, abs=0.01)
     assert memory.argument_size_in_bytes / size == pytest.approx(8, abs=0.01)
+
+
+@pytest.mark.usefixtures("standard_promotion")  # for optax.apply_updates
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "bytes_"), [("plain", "int8", 16), ("momentum", "int16", 26)]
+)
+def test_corrected_parameters_are_read_and_written_once(
+    tpu, topology, kind, dtype, bytes_
+):
+    tx = master_weights(rmsprop(**OPTIONS[kind][0]), dtype)
+    compiled = compile_step(tpu, topology, tx, (8192, 8192), jnp.bfloat16)
+    moved = tpu["moved_bytes"](compiled.as_text()) / 8192**2
+    assert moved == pytest.approx(bytes_, abs=0.01)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**20
 
 
 class Network(nn.Module):

@@ -18,6 +18,7 @@ from optax_rmsprop import (
     scale_by_rms,
     scale_by_stddev,
 )
+from optax_rmsprop.wrappers import master_weights
 
 EVERYTHING = {"eps": 1e-2, "momentum": 0.8, "weight_decay": 0.1}
 MAKE = {
@@ -28,6 +29,7 @@ MAKE = {
     "centered": functools.partial(rmsprop, centered=True, **EVERYTHING),
     "keras": functools.partial(dialects.keras, 0.1, momentum=0.8),
     "uint8": lambda: compress_state(rmsprop(**EVERYTHING), "uint8", min_size=1),
+    "int8": lambda: master_weights(rmsprop(**EVERYTHING), "int8"),
 }
 SLOTS = {
     "scale_by_rms": {"nu"},
@@ -42,7 +44,11 @@ GRADIENTS = by_step(GRADIENTS)
 
 def is_numeric(name):
     """Whether inject_hyperparams can make its arguments."""
-    return name != "uint8"
+    return name not in ("uint8", "int8")
+
+
+def params_of(name):
+    return jax.tree.map(jnp.bfloat16, PARAMS) if name == "int8" else PARAMS
 
 
 def cases():
@@ -60,13 +66,14 @@ QUICK = {
     ("apply_if_finite", "centered"),
     ("MultiSteps", "everything"),
     ("partition", "uint8"),
+    ("MultiSteps", "int8"),
 }
 
 
-def run(tx, compiled):
+def run(tx, params, compiled):
     """The parameters after every update, and the states."""
     step = jax.jit(stepper(tx)) if compiled else stepper(tx)
-    run = [(PARAMS, tx.init(PARAMS))]
+    run = [(params, tx.init(params))]
     for g in GRADIENTS:
         run.append(step(*run[-1], g))
     return zip(*run, strict=True)
@@ -74,7 +81,7 @@ def run(tx, compiled):
 
 @functools.cache
 def alone(name):
-    return list(run(MAKE[name](), compiled=False))
+    return list(run(MAKE[name](), params_of(name), compiled=False))
 
 
 def kinds(tree):
@@ -85,12 +92,12 @@ def kinds(tree):
 @pytest.mark.parametrize(("wrapper", "name"), list(cases()))
 def test_the_updates_and_the_state_stay_what_they_are(wrapper, name):
     tx = WRAPPERS[wrapper](MAKE[name])
-    history, states = run(tx, compiled=wrapper in BRANCHING)
+    history, states = run(tx, params_of(name), wrapper in BRANCHING)
     expected, expected_states = alone(name)
     chex.assert_trees_all_close(history, expected, **TOLERANCE)
     assert kinds(states[0]) == kinds(states[1]) == kinds(states[-1])
     inside, bare = (
-        state if is_numeric(name) else decompress_state(state)
+        decompress_state(state) if name == "uint8" else state
         for state in (states[-1], expected_states[-1])
     )
     found = {slot for slot in ENTRIES if optax.tree.get(inside, slot) is not None}

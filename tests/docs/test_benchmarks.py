@@ -26,7 +26,7 @@ def test_training_with_small_states(tmp_path):
     only = ("--tasks", "probe", "--options", "plain")
     printed = run("small_state.py", "--quick", *only, *files)
     rows = json.loads(output.read_text())["rows"]
-    assert len(rows) == 5
+    assert len(rows) == 7
     assert "probe | plain | uint8 state | " in printed
     assert figure.read_bytes().startswith(b"\x89PNG")
 

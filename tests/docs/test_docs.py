@@ -61,6 +61,7 @@ def with_blocks():
         yield pytest.param(page, marks=marks, id=name)
 
 
+@pytest.mark.usefixtures("standard_promotion")  # as users have it
 @pytest.mark.parametrize("page", list(with_blocks()))
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     # Some write files, and some read records.
@@ -82,6 +83,7 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
     "module",
     MODULES,
@@ -116,6 +118,9 @@ PUBLIC = [
     carry.port_of,
     carry.schedule_of,
     carry.to_nnx,
+    wrappers.bfloat16_params,
+    wrappers.float32_params,
+    wrappers.master_weights,
     wrappers.single_pass,
 ]
 
