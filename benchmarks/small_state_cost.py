@@ -48,7 +48,7 @@ ON_TPU = OPTIONS | {"momentum+decay": {"momentum": 0.9, "weight_decay": 1e-4}}
 STATES = ("bfloat16", "uint8")
 CORRECTIONS = ("int8", "int16")
 # --check accepts these for uint8: HBM bytes per parameter, and 1 MiB of scratch.
-LIMITS = {"plain": 20, "momentum": 28}
+LIMITS = {"plain": 14, "momentum": 20}
 TIME_LIMIT = 1.5  # of a step in float32
 STEPS_A_CALL = (1, 10)
 TABLE_HEAD = """\

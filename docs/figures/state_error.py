@@ -29,6 +29,7 @@ from levels import dynamic_map
 
 from optax_rmsprop import scale_by_rms
 from optax_rmsprop.wrappers import compress_state, decompress_state
+from optax_rmsprop.wrappers._rounding import random_axis_bits, stochastic_round
 
 SHAPE, STEPS = (32, 256), 2000
 DECAYS = (0.9, 0.99, 0.999)
@@ -44,7 +45,7 @@ METHODS = {  # color and marker
 }
 
 
-def by_bitsandbytes(nu):
+def by_bitsandbytes(nu, _):
     """Nearest levels, relative to the largest number of each block of 256."""
     levels = jnp.asarray(dynamic_map(), jnp.float32)
     middles = (levels[1:] + levels[:-1]) / 2
@@ -54,7 +55,7 @@ def by_bitsandbytes(nu):
     return (nearest * largest).reshape(nu.shape)
 
 
-def by_flashoptim(nu):
+def by_flashoptim(nu, _):
     """The nearest of 256 even levels of √nu, up to the largest of each group of 32."""
     roots = jnp.sqrt(nu).reshape(-1, 32)
     largest = jnp.max(roots, axis=1, keepdims=True)
@@ -70,8 +71,14 @@ def statistics(ratio):
     return [jnp.mean(part) for part in parts]
 
 
-def to_nearest(nu):
+def to_nearest(nu, _):
     return nu.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def by_new_numbers(nu, key):
+    """bfloat16, rounded at random independently of the steps before."""
+    (axis_bits,) = random_axis_bits(key, [nu.shape])
+    return stochastic_round(nu, jnp.bfloat16, axis_bits).astype(jnp.float32)
 
 
 @jax.jit
@@ -82,6 +89,7 @@ def errors(decay, sizes, key):
         "flashoptim": by_flashoptim,
         "bitsandbytes": by_bitsandbytes,
         "bfloat16, nearest": to_nearest,
+        "bfloat16, independent": by_new_numbers,
     }
 
     def average(nu, g):
@@ -89,10 +97,13 @@ def errors(decay, sizes, key):
 
     def step(carry, i):
         exact, states, nus, sums = carry
-        g = sizes * jax.random.normal(jax.random.fold_in(key, i), sizes.shape)
+        for_gradient, for_rounding = jax.random.split(jax.random.fold_in(key, i))
+        g = sizes * jax.random.normal(for_gradient, sizes.shape)
         exact = average(exact, g)
         states = {name: tx.update(g, states[name])[1] for name, tx in txs.items()}
-        nus = {name: f(average(nus[name], g)) for name, f in theirs.items()}
+        nus = {
+            name: f(average(nus[name], g), for_rounding) for name, f in theirs.items()
+        }
         kept = {name: decompress_state(s).nu for name, s in states.items()} | nus
         ratios = {name: jnp.sqrt(nu / exact) for name, nu in kept.items()}
         found = {name: jnp.stack(statistics(r)) for name, r in ratios.items()}

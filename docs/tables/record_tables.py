@@ -16,9 +16,15 @@ from generated import rows_of, table
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {
     "uint8": "uint8",
-    "bitsandbytes": "bitsandbytes' blocks",
+    "flashoptim": "flashoptim",
+    "bitsandbytes": "bitsandbytes",
     "bfloat16": "bfloat16",
-    "bfloat16, nearest": "bfloat16, rounded to the nearest",
+}
+SIZES = {
+    (0.0, "every parameter"): "alike",
+    (1.0, "every parameter"): "one octave, by parameter",
+    (2.0, "every parameter"): "two octaves, by parameter",
+    (2.0, "every row"): "two octaves, by row",
 }
 
 
@@ -64,17 +70,17 @@ def offload_peaks(language):
 
 @table("state_error")
 def state_error(language):
-    """Errors of √nu where sizes differ by two octaves between parameters."""
+    """Errors of √nu by how the sizes of gradients differ."""
     path = ROOT / "docs" / "figures" / "state_error.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     rows = []
-    for method, name in METHODS.items():
-        cells = [
-            f"{r['rms error, %']:.1f} % ({round(r['mean error, %'], 1) or 0.0:+.1f})"
-            for r in found
-            if (r["method"], r["octaves"]) == (method, 2.0)
-            and r["sizes of"] == "every parameter"
-        ]
-        rows.append([name, *(cell.replace("+0.0", "0.0") for cell in cells)])
-    head = "error of √nu, root mean square (mean)"
-    return rows_of([head, "decay 0.9", "0.99", "0.999"], rows)
+    for (octaves, order), sizes in SIZES.items():
+        for method, name in METHODS.items():
+            errors = [
+                f"{r['rms error, %']:.2f} % ({round(r['mean error, %'], 1) or 0.0:+.1f})"
+                for r in found
+                if (r["octaves"], r["sizes of"], r["method"]) == (octaves, order, method)
+            ]
+            rows.append([sizes, name, *(x.replace("+0.0", "0.0") for x in errors)])
+    head = ["sizes of gradients", "error of √nu, root mean square (mean)"]
+    return rows_of([*head, "decay 0.9", "0.99", "0.999"], rows)

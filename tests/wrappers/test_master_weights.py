@@ -147,7 +147,8 @@ def test_tiny_updates_arrive_in_the_mean_with_24_bits():
     deviation = 2.0**-15 * np.sqrt(steps * 31) / 32
     error = new.mean() - (1 + steps * update)
     assert abs(error) < 5 * deviation / np.sqrt(new.size)
-    assert new.std() == pytest.approx(deviation, rel=0.1)
+    # Random bits that are spread over the steps leave less than independent ones would.
+    assert 0 < new.std() < deviation / 3
 
 
 # Parameters and updates: beyond the range, zeros, infinity and NaN.
