@@ -74,13 +74,15 @@ def state_error(language):
     path = ROOT / "docs" / "figures" / "state_error.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     rows = []
-    for (octaves, order), sizes in SIZES.items():
+    for (sizes, order), name_of_sizes in SIZES.items():
         for method, name in METHODS.items():
-            errors = [
+            key = sizes, order, method
+            cells = [
                 f"{r['rms error, %']:.2f} % ({round(r['mean error, %'], 1) or 0.0:+.1f})"
                 for r in found
-                if (r["octaves"], r["sizes of"], r["method"]) == (octaves, order, method)
+                if (r["octaves"], r["sizes of"], r["method"]) == key
             ]
-            rows.append([sizes, name, *(x.replace("+0.0", "0.0") for x in errors)])
+            cells = [cell.replace("+0.0", "0.0") for cell in cells]
+            rows.append([name_of_sizes, name, *cells])
     head = ["sizes of gradients", "error of √nu, root mean square (mean)"]
     return rows_of([*head, "decay 0.9", "0.99", "0.999"], rows)

@@ -33,6 +33,8 @@ from optax_rmsprop.wrappers._rounding import (
 )
 from optax_rmsprop.wrappers._transformation import checked
 
+REMEDY = "make it with the init of this transformation"
+
 
 class Formats(NamedTuple):
     """How the arrays of a `CompressedState` are encoded, now and at the next update.
@@ -294,32 +296,39 @@ def _check_state(state: Any, dtype: np.dtype) -> None:
     _errors.same_state(state, CompressedState)
     _errors.count("state", state.count)
     dtypes = _dtypes(state)
-    size, compressed = len(jax.tree.leaves(state.inner)), len(jax.tree.leaves(dtypes))
-    complete = len(dtypes) == size
-    for path, x in _compressed_arrays(state.inner, dtypes) if complete else ():
+    _check_formats(state, dtypes)
+    for path, x in _compressed_arrays(state.inner, dtypes):
         given = _errors.dtype_of(x)
         if given != dtype:
             raise ValueError(
                 f"`state` must be compressed to {dtype}, got {given or kind_of(x)} at "
                 f"{at(path)}; use the dtype with which it was made, or call init again"
             )
-    rows = []
-    if complete and dtype == jnp.uint8:
-        arrays = _compressed_arrays(state.inner, dtypes)
-        rows = [_codes.rows_of(np.shape(x)) for _, x in arrays]
-    expected = rows * len(Formats._fields) * len(Format._fields)
-    formats = state.formats if compressed else ()
-    shapes = [np.shape(x) for x in jax.tree.leaves(formats)]
-    remedy = "make it with the init of this transformation"
-    if not complete or shapes != expected:
-        raise ValueError(
-            f"`state` must have `dtypes` for {size} leaves and `formats` of shapes "
-            f"{expected}, got {len(dtypes)} and {short(str(shapes))}; {remedy}"
-        )
     for i, own in enumerate(dtypes):
         if own is not None:
             path = GetAttrKey("dtypes"), SequenceKey(i)
-            _errors.inexact("state", own, path, remedy=remedy, real=True)
+            _errors.inexact("state", own, path, remedy=REMEDY, real=True)
+
+
+def _check_formats(
+    state: CompressedState, dtypes: tuple[jax.Array | None, ...]
+) -> None:
+    """Check that a state has dtypes for all leaves, and formats for all codes."""
+    size = len(jax.tree.leaves(state.inner))
+    rows = []
+    if len(dtypes) == size:
+        arrays = [x for _, x in _compressed_arrays(state.inner, dtypes)]
+        codes = [x for x in arrays if _errors.dtype_of(x) == jnp.uint8]
+        rows = [_codes.rows_of(np.shape(x)) for x in codes]
+    expected = rows * len(Formats._fields) * len(Format._fields)
+    has_dtypes = any(own is not None for own in dtypes)
+    shapes = [np.shape(x) for x in jax.tree.leaves(state.formats if has_dtypes else ())]
+    if len(dtypes) != size or shapes != expected:
+        raise ValueError(
+            f"`state` must have `dtypes` for {size} leaves and `formats` of shapes "
+            f"{short(str(expected))}, got {len(dtypes)} and {short(str(shapes))}; "
+            f"{REMEDY}"
+        )
 
 
 def _compress(
@@ -356,6 +365,7 @@ def _compress(
 
 def _decompress(state: CompressedState) -> optax.OptState:
     dtypes = _dtypes(state)
+    _check_formats(state, dtypes)
     arrays = [x for _, x in _compressed_arrays(state.inner, dtypes)]
     if not arrays:
         return state.inner

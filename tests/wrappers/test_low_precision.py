@@ -359,8 +359,10 @@ def test_a_state_of_which_a_part_is_missing_is_refused(part):
     tx = compress_state(rmsprop(), "uint8")
     state = tx.init(params)
     short = {"formats": None, "dtypes": state.dtypes[:1]}[part]
-    with pytest.raises(ValueError, match=f"`state` must have .*`{part}`.* init"):
-        tx.update(params, state._replace(**{part: short}), params)
+    bad = state._replace(**{part: short})
+    for use in (lambda: tx.update(params, bad, params), lambda: decompress_state(bad)):
+        with pytest.raises(ValueError, match=f"`state` must have .*`{part}`.* init"):
+            use()
 
 
 ROWS = P("data")
