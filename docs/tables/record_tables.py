@@ -78,11 +78,15 @@ def state_error(language):
         for method, name in METHODS.items():
             key = sizes, order, method
             cells = [
-                f"{r['rms error, %']:.2f} % ({round(r['mean error, %'], 1) or 0.0:+.1f})"
-                for r in found
-                if (r["octaves"], r["sizes of"], r["method"]) == key
+                error_cell(row)
+                for row in found
+                if (row["octaves"], row["sizes of"], row["method"]) == key
             ]
-            cells = [cell.replace("+0.0", "0.0") for cell in cells]
             rows.append([name_of_sizes, name, *cells])
     head = ["sizes of gradients", "error of √nu, root mean square (mean)"]
     return rows_of([*head, "decay 0.9", "0.99", "0.999"], rows)
+
+
+def error_cell(row):
+    mean = round(row["mean error, %"], 1) or 0.0
+    return f"{row['rms error, %']:.2f} % ({mean:+.1f})".replace("+0.0", "0.0")
