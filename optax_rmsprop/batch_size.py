@@ -40,7 +40,7 @@ def scaled_to_batch(
       factor: new batch size / old batch size, in (0, ∞) and below 1 / (1 - decay).
       learning_rate: the old run's, as for `rmsprop`. If it is a schedule, so is the
         result: it takes the rate of the old run at as many examples, that is at its
-        step factor * count, rounded down.
+        step factor * count, rounded down, as long as that is below 2²⁴.
       decay: the old run's.
       eps: the old run's.
       eps_in_sqrt: whether eps is under the root, in the square of the gradient's unit.
@@ -53,7 +53,7 @@ def scaled_to_batch(
     Raises:
       TypeError: a number or option of the wrong kind.
       ValueError: a number out of its range; a factor with which decay would not be
-        above 0.
+        above 0, unless one of the two is traced.
 
     Example:
       >>> from optax_rmsprop import rmsprop, scaled_to_batch

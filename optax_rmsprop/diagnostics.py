@@ -86,7 +86,8 @@ def diagnose(
       dtype of the averages. In a complex leaf, the real and the imaginary part are the
       step sizes of the two parts. The sharpness is a scalar, or None. It comes from 32
       steps of the Lanczos method, which approaches the eigenvalue from below, up to
-      rounding.
+      rounding. It is too low if there are negative eigenvalues of a hundred times its
+      size or more.
 
     Raises:
       TypeError: a number or option of the wrong kind; averages in less than float32;

@@ -59,9 +59,9 @@ def by_flashoptim(nu, _):
     """The nearest of 256 even levels of √nu, up to the largest of each group of 32."""
     roots = jnp.sqrt(nu).reshape(-1, 32)
     largest = jnp.max(roots, axis=1, keepdims=True)
-    largest = largest.astype(jnp.float16).astype(jnp.float32)
-    codes = jnp.clip(jnp.round(255 * roots / largest), 0, 255)
-    return jnp.square(codes / 255 * largest).reshape(nu.shape)
+    codes = jnp.round(255 * roots / largest)
+    scales = largest.astype(jnp.float16).astype(jnp.float32)
+    return jnp.square(codes / 255 * scales).reshape(nu.shape)
 
 
 def statistics(ratio):

@@ -87,10 +87,10 @@ def master_weights(
     down at random so that the mean is exact. Its neighbours are 0.0015 to 0.003 % away,
     those of a bfloat16 0.4 to 0.8 %.
 
-    Its updates must be added as they are, so no other transformation may change them.
-    Wrap a whole chain. `compress_state` goes inside. `optax.MultiSteps` and
-    `optax.masked` may be outside, and so may any other that decides only whether an
-    update is made.
+    Its updates must be added as they are. So wrap a whole chain, and let nothing change
+    them afterwards, such as `optax.scale` or `optax.lookahead`: that would not be
+    noticed. `compress_state` and `optax.apply_if_finite` go inside. `optax.MultiSteps`
+    and `optax.masked` may be outside.
 
     Args:
       tx: any optax transformation. Weight decay, or whatever else reads the parameters,
@@ -352,7 +352,8 @@ def _part(state: Any) -> MasterWeightsState:
         raise ValueError(
             f"`state` must have one MasterWeightsState in it, got {len(found)} in "
             f"{short(str(jax.tree.structure(state)))}; make it with master_weights, "
-            "around all other transformations"
+            "around all other transformations, and with optax.partition pass the state "
+            "of one group, state.inner_states[label]"
         )
     return found[0]
 

@@ -8,7 +8,8 @@ This differs from the 8-bit optimizers of bitsandbytes and flashoptim:
    have to copy the array.
 3. Rounding is at random. An average rounded to the nearest level stops moving as soon
    as its steps are shorter than half the distance between levels.
-4. A second moment becomes 0 only if it is 0, because that would lengthen steps.
+4. A second moment whose format is known becomes 0 only if it is 0, because that would
+   lengthen steps.
 """
 
 import itertools
@@ -88,25 +89,29 @@ def compress_state(
         codes <- encode(s)                  rounded up or down at random, to a level
 
     Updates are computed from the exact new state; only the stored state is rounded. The
-    probabilities are such that the mean of the stored number is the exact number. So
-    averages move however small their steps are. Rounded to the nearest, they would
-    freeze.
+    probabilities are such that the mean of the stored number is the exact number, in
+    each update. So averages move however small their steps are. Rounded to the nearest,
+    they would freeze.
 
     The levels of bfloat16 are 0.4 to 0.8 % of a number apart. Those of uint8 depend on
     the row, which is the last axis of an array, or as many of its last axes as have 64
     numbers. In a row without negative numbers, 244 levels are evenly spaced, in the
     logarithm, from the smallest positive number to the largest: 0.3 % apart if these
-    are equal, 3 to 5 % if they differ by 12 octaves, and 17 to 33 % from 80 octaves on.
-    Numbers below that become the smallest level, and 0 stays 0. In a row with both
-    signs, levels are 4 to 8 % apart near the largest number, and 2⁻¹³ of it near 0.
+    are equal, 3 to 5 % if they differ by 12 octaves, and 17 to 33 % from 61 octaves on.
+    Numbers below 2⁻⁸¹ of the largest become the smallest level, and 0 stays 0. In a row
+    with both signs, levels are 4 to 8 % apart near the largest number, and 2⁻¹³ of it
+    near 0.
 
     The format of a row comes from the codes of the update before. For numbers that grow
-    beyond it there are 8 more levels, 6 times as far apart, and larger numbers are
-    clipped, for an update or more. The first negative numbers of a row that had none
-    become 0 for an update. After a row was all 0, two ranges are tried in turn, [2⁻⁶²,
-    2⁵⁶] and [2⁻¹²⁶, 2⁻⁸], with levels a factor of 2 apart. For that update, larger
-    numbers are clipped, and smaller ones may become 0. While a row has a NaN, its
-    format stays the same.
+    beyond it there are 8 more levels, 6 times as far apart. Larger numbers are clipped,
+    and the range follows by five octaves an update. Positive numbers that are smaller
+    than all others of the row were become the smallest level, and the range follows by
+    four octaves: a number that was 0, or one with a decay below 0.87 whose gradients
+    vanish, is then too large, and its steps too short, until the average has forgotten
+    it. The first negative numbers of a row that had none become 0 for an update. After
+    a row was all 0, two ranges are tried in turn, [2⁻⁶², 2⁶⁴] and [2⁻¹²⁶, 1], with
+    levels a factor of 2 apart. For that update, larger numbers are clipped, and smaller
+    ones may become 0. NaN does not change the format.
 
     Args:
       tx: any optax transformation. In a chain, wrap the part whose state is large. With
@@ -203,9 +208,7 @@ def compress_state(
         count = optax.safe_increment(state.count)
         if not arrays:
             return updates, state._replace(count=count, inner=inner)
-        formats = None
-        if state.formats is not None:
-            formats = _entries(Formats(*state.formats).next)
+        formats = None if state.formats is None else _formats_of(state).next
         return updates, _compress(count, inner, formats, dtypes, seed)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -320,13 +323,15 @@ def _check_formats(
         arrays = [x for _, x in _compressed_arrays(state.inner, dtypes)]
         codes = [x for x in arrays if _errors.dtype_of(x) == jnp.uint8]
         rows = [_codes.rows_of(np.shape(x)) for x in codes]
-    expected = rows * len(Formats._fields) * len(Format._fields)
+    fields = [(shape, name) for name in ("uint8", "int16") for shape in rows]
+    expected = fields * len(Formats._fields)
     has_dtypes = any(own is not None for own in dtypes)
-    shapes = [np.shape(x) for x in jax.tree.leaves(state.formats if has_dtypes else ())]
-    if len(dtypes) != size or shapes != expected:
+    formats = jax.tree.leaves(state.formats if has_dtypes else ())
+    found = [(np.shape(x), str(_errors.dtype_of(x))) for x in formats]
+    if len(dtypes) != size or found != expected:
         raise ValueError(
-            f"`state` must have `dtypes` for {size} leaves and `formats` of shapes "
-            f"{short(str(expected))}, got {len(dtypes)} and {short(str(shapes))}; "
+            f"`state` must have `dtypes` for {size} leaves and `formats` "
+            f"{short(str(expected))}, got {len(dtypes)} and {short(str(found))}; "
             f"{REMEDY}"
         )
 
@@ -373,8 +378,7 @@ def _decompress(state: CompressedState) -> optax.OptState:
     if state.formats is None:
         new = [x.astype(dtype) for x, dtype in zip(arrays, own_dtypes, strict=True)]
     else:
-        formats = _entries(Formats(*state.formats).current)
-        rows = zip(arrays, formats, own_dtypes, strict=True)
+        rows = zip(arrays, _formats_of(state).current, own_dtypes, strict=True)
         new = [_codes.decode(*row) for row in rows]
     return _replaced(state.inner, dtypes, new)
 
@@ -416,10 +420,25 @@ def _replaced(
     return jax.tree.unflatten(jax.tree.structure(inner), leaves)
 
 
-def _entries(format: Format) -> list[Format]:
-    """Split a format whose fields are trees into formats, one per array."""
-    fields = map(jax.tree.leaves, format)
-    return [Format(*entry) for entry in zip(*fields, strict=True)]
+class _FormatsOfArrays(NamedTuple):
+    current: list[Format]
+    next: list[Format]
+
+
+def _formats_of(state: CompressedState) -> _FormatsOfArrays:
+    """Return the formats of each compressed array.
+
+    They are taken from the leaves, because a restored checkpoint may have lists or
+    dicts in place of the named tuples.
+    """
+    leaves = iter(jax.tree.leaves(state.formats))
+    quarter = len(jax.tree.leaves(state.formats)) // 4
+    fields = [list(itertools.islice(leaves, quarter)) for _ in range(4)]
+    current, following = (
+        [Format(*entry) for entry in zip(*pair, strict=True)]
+        for pair in (fields[:2], fields[2:])
+    )
+    return _FormatsOfArrays(current, following)
 
 
 def _is_compressed(x: Any) -> bool:
