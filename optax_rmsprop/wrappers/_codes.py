@@ -227,7 +227,7 @@ def encode(
     rows = format.levels.shape
     find = functools.partial(jax.lax.platform_dependent, codes)
     highest, lowest = find(
-        cpu=functools.partial(_extremes, rows),
+        cpu=functools.partial(_extremes_on_cpu, rows),
         tpu=functools.partial(_extremes_of_floats, rows),
         default=functools.partial(_extremes_in_one_reduction, rows),
     )
@@ -244,6 +244,15 @@ def _extremes(rows: Shape, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     highest, lowest = (_rotated(codes, by) for by in (1, -1))
     return _in_rows(jnp.max, rows, highest) - 1, _in_rows(jnp.min, rows, lowest) + 1
+
+
+def _extremes_on_cpu(rows: Shape, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A CPU vectorizes the reductions only if they read the codes as they are."""
+    highest, lowest = (_in_rows(f, rows, codes) for f in (jnp.max, jnp.min))
+    hidden = jnp.any(highest == NAN) | jnp.any(lowest == ZERO)
+    return jax.lax.cond(
+        hidden, lambda: _extremes(rows, codes), lambda: (highest, lowest)
+    )
 
 
 def _rotated(codes: jax.Array, by: int) -> jax.Array:

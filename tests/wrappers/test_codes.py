@@ -414,7 +414,7 @@ def test_numbers_beyond_the_range_have_the_last_codes(levels):
 @pytest.mark.parametrize(
     "extremes",
     [
-        _codes._extremes,
+        _codes._extremes_on_cpu,
         _codes._extremes_of_floats,
         _codes._extremes_in_one_reduction,
     ],
