@@ -67,6 +67,7 @@ def spread(factor, learning_rate, decay, eps):
     return jax.lax.scan(until_next_point, (start, tx.init(start)), keys)[1]
 
 
+@pytest.mark.slow
 def test_noisy_runs_agree_at_the_same_number_of_examples():
     first = spread(1, **BASE)
     scaled = scaled_to_batch(16, **BASE)

@@ -195,6 +195,7 @@ def test_one_parameter_may_have_negative_sharpness():
     np.testing.assert_allclose(found.sharpness, -0.3, ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("momentum", "limit"),
     [

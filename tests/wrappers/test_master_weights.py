@@ -115,6 +115,7 @@ def test_what_is_added_makes_exactly_the_nearest_bfloat16():
     assert error.max() > 0
 
 
+@pytest.mark.slow
 def test_random_steps_are_those_of_float32():
     rng = np.random.default_rng(0)
     signs, sizes = rng.choice([-1, 1], (2, 100_000)), rng.uniform(1, 2, (2, 100_000))
@@ -273,6 +274,7 @@ def test_what_has_no_update_stays_and_other_dtypes_have_the_updates_of_tx(dtype)
     chex.assert_trees_all_equal(after.corrections, corrections)
 
 
+@pytest.mark.slow
 def test_on_eight_devices_as_on_one():
     mesh = make_mesh({"data": 8})
     rows = NamedSharding(mesh, P("data"))
@@ -309,6 +311,7 @@ def test_tools_for_states_find_the_corrections():
     chex.assert_trees_all_equal(*(float32_params(params, s) for s in (state, opened)))
 
 
+@pytest.mark.slow
 def test_runs_under_vmap_are_the_runs_one_by_one():
     rng = np.random.default_rng(0)
     params, g = jnp.asarray(rng.normal(size=(2, 3, 4, 5)), jnp.bfloat16)
