@@ -38,7 +38,8 @@ def test_the_cost_of_small_states(tmp_path):
     run("small_state_cost.py", *options, "--output", output)
     (row,) = json.loads(output.read_text())["rows"].values()
     bytes_ = row["state_bytes_a_parameter"]
-    assert list(bytes_.values()) == pytest.approx([8, 4, 2], abs=0.02)
+    # A row of 64 codes has 6 bytes for its formats.
+    assert list(bytes_.values()) == pytest.approx([8, 4, 2.19], abs=0.02)
 
 
 PROGRAM = """\
