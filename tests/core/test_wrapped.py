@@ -42,6 +42,9 @@ PARAMS, GRADIENTS = jax.tree.map(jnp.float32, arrays(3))
 GRADIENTS = by_step(GRADIENTS)
 
 
+OLD_OPTAX = optax.__version__ < "0.2.8"
+
+
 def is_numeric(name):
     """Whether inject_hyperparams can make its arguments."""
     return name not in ("uint8", "int8")
@@ -54,6 +57,9 @@ def params_of(name):
 def cases():
     for wrapper in WRAPPERS:
         for name in MAKE:
+            # Before optax 0.2.8 MultiSteps sums in the dtype of the first gradients.
+            if (wrapper, name) == ("MultiSteps", "int8") and OLD_OPTAX:
+                continue
             if wrapper != "inject_hyperparams" or is_numeric(name):
                 # Wrappers that branch, and compressed states, compile programs.
                 often = wrapper in BRANCHING or not is_numeric(name)
