@@ -63,6 +63,8 @@ from optax_rmsprop.wrappers._rounding import (
     random_bits,
 )
 
+Shape = tuple[int, ...]
+
 # A row has at least as many numbers, if the array has, so that formats take less than
 # 0.1 bytes a number.
 LEAST_ROW = 64
@@ -122,7 +124,7 @@ class _Scale(NamedTuple):
     offset: jax.Array  # level(i), or 0 if NON_NEGATIVE
 
 
-def rows_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+def rows_of(shape: Shape) -> Shape:
     """Return the shape of the format of an array: 1 for the axes that form a row.
 
     A row has the last axis, or as many of the last ones as have LEAST_ROW numbers. The
@@ -232,9 +234,6 @@ def encode(
         default=functools.partial(_extremes_in_one_reduction, rows),
     )
     return codes, lowest, highest
-
-
-Shape = tuple[int, ...]
 
 
 def _extremes(rows: Shape, codes: jax.Array) -> tuple[jax.Array, jax.Array]:

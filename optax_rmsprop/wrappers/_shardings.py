@@ -138,9 +138,8 @@ def check_state_shardings(state: optax.OptState, shardings: optax.OptState) -> N
     Returns:
       None. Shardings are equal if they put the same shards on the same devices, in the
       same kind of memory (such as "device" or "pinned_host"), even if the names of axes
-      differ, unless axes are explicit. The count after
-      `tx.init(params)` is on one device, and therefore not replicated, although JAX may
-      still move it.
+      differ, unless axes are explicit. The count after `tx.init(params)` is on one
+      device, and therefore not replicated, although JAX may still move it.
 
     Raises:
       TypeError: a leaf of `shardings` that is not a sharding, or has no devices.
@@ -197,7 +196,7 @@ def _partitioned(
 
     With 4 devices on the axis 'data', a shape of (6, 8) and P() give P(None, 'data').
     """
-    names = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    names = _names(sharding, shape)
     if any(axis in (x if isinstance(x, tuple) else (x,)) for x in names):
         return sharding
     devices = sharding.mesh.shape[axis]
@@ -206,6 +205,11 @@ def _partitioned(
             spec = PartitionSpec(*names[:i], axis, *names[i + 1 :])
             return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
     return sharding
+
+
+def _names(sharding: NamedSharding, shape: tuple[int, ...]) -> list[Any]:
+    """Return what partitions each dimension; a spec may leave out the last ones."""
+    return [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
 
 
 def _of_rows(
@@ -220,8 +224,7 @@ def _of_rows(
     if len(rows) == len(shape) and all(
         n in (1, size) for n, size in zip(rows, shape, strict=True)
     ):
-        names = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
-        pairs = zip(names, rows, shape, strict=True)
+        pairs = zip(_names(sharding, shape), rows, shape, strict=True)
         spec = PartitionSpec(*(x if n == size else None for x, n, size in pairs))
     return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 

@@ -198,7 +198,7 @@ def compress_state(
         **extra_args: Any,
     ) -> tuple[optax.Updates, CompressedState]:
         _check_state(state, dtype)
-        old = decompress_state(state)
+        old = _decompress(state)
         updates, inner = tx.update(updates, old, params, **extra_args)
         dtypes = _dtypes(state)
         arrays = _compressed_arrays(inner, dtypes)
@@ -208,7 +208,7 @@ def compress_state(
         count = optax.safe_increment(state.count)
         if not arrays:
             return updates, state._replace(count=count, inner=inner)
-        formats = None if state.formats is None else _formats_of(state).next
+        formats = None if state.formats is None else _formats_of(state)[1]
         return updates, _compress(count, inner, formats, dtypes, seed)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -249,7 +249,10 @@ def decompress_state(state: optax.OptState) -> optax.OptState:
         )
 
     def part(x: Any) -> Any:
-        return _decompress(x) if _is_compressed(x) else x
+        if not _is_compressed(x):
+            return x
+        _check_formats(x)
+        return _decompress(x)
 
     return jax.tree.map(part, state, is_leaf=_is_compressed)
 
@@ -298,8 +301,8 @@ def _check_state(state: Any, dtype: np.dtype) -> None:
     """Check that a state is compressed to this dtype, and complete."""
     _errors.same_state(state, CompressedState)
     _errors.count("state", state.count)
+    _check_formats(state)
     dtypes = _dtypes(state)
-    _check_formats(state, dtypes)
     for path, x in _compressed_arrays(state.inner, dtypes):
         given = _errors.dtype_of(x)
         if given != dtype:
@@ -313,10 +316,9 @@ def _check_state(state: Any, dtype: np.dtype) -> None:
             _errors.inexact("state", own, path, remedy=REMEDY, real=True)
 
 
-def _check_formats(
-    state: CompressedState, dtypes: tuple[jax.Array | None, ...]
-) -> None:
+def _check_formats(state: CompressedState) -> None:
     """Check that a state has dtypes for all leaves, and formats for all codes."""
+    dtypes = _dtypes(state)
     size = len(jax.tree.leaves(state.inner))
     rows = []
     if len(dtypes) == size:
@@ -370,7 +372,6 @@ def _compress(
 
 def _decompress(state: CompressedState) -> optax.OptState:
     dtypes = _dtypes(state)
-    _check_formats(state, dtypes)
     arrays = [x for _, x in _compressed_arrays(state.inner, dtypes)]
     if not arrays:
         return state.inner
@@ -378,7 +379,7 @@ def _decompress(state: CompressedState) -> optax.OptState:
     if state.formats is None:
         new = [x.astype(dtype) for x, dtype in zip(arrays, own_dtypes, strict=True)]
     else:
-        rows = zip(arrays, _formats_of(state).current, own_dtypes, strict=True)
+        rows = zip(arrays, _formats_of(state)[0], own_dtypes, strict=True)
         new = [_codes.decode(*row) for row in rows]
     return _replaced(state.inner, dtypes, new)
 
@@ -420,25 +421,19 @@ def _replaced(
     return jax.tree.unflatten(jax.tree.structure(inner), leaves)
 
 
-class _FormatsOfArrays(NamedTuple):
-    current: list[Format]
-    next: list[Format]
-
-
-def _formats_of(state: CompressedState) -> _FormatsOfArrays:
-    """Return the formats of each compressed array.
+def _formats_of(state: CompressedState) -> tuple[list[Format], list[Format]]:
+    """Return the current and the next format of each compressed array.
 
     They are taken from the leaves, because a restored checkpoint may have lists or
     dicts in place of the named tuples.
     """
-    leaves = iter(jax.tree.leaves(state.formats))
-    quarter = len(jax.tree.leaves(state.formats)) // 4
-    fields = [list(itertools.islice(leaves, quarter)) for _ in range(4)]
-    current, following = (
-        [Format(*entry) for entry in zip(*pair, strict=True)]
-        for pair in (fields[:2], fields[2:])
+    leaves = jax.tree.leaves(state.formats)
+    size = len(leaves) // len(Formats._fields) // len(Format._fields)
+    levels, lowest, next_levels, next_lowest = (
+        leaves[i * size : (i + 1) * size] for i in range(4)
     )
-    return _FormatsOfArrays(current, following)
+    current = list(map(Format, levels, lowest))
+    return current, list(map(Format, next_levels, next_lowest))
 
 
 def _is_compressed(x: Any) -> bool:
