@@ -172,6 +172,11 @@ def make_mesh(sizes, **options):
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), **options)
 
 
+def skip_without_pinned_host():
+    if "pinned_host" not in [m.kind for m in jax.devices()[0].addressable_memories()]:
+        pytest.skip("CPUs have pinned_host memory in newer versions of JAX")
+
+
 def falling(count):
     return 1e-2 / jnp.asarray(count + 1, float)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import optax_rmsprop
+from helpers import skip_without_pinned_host
 from optax_rmsprop import carry, wrappers
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for code in blocks(page, "python"):
         skip_without_torch(code)
+        if "pinned_host" in code:
+            skip_without_pinned_host()
         exec(compile(code, str(page), "exec"), {})
 
 

@@ -13,7 +13,13 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import WRAPPERS, make_mesh, slow_but, stepper
+from helpers import (
+    WRAPPERS,
+    make_mesh,
+    skip_without_pinned_host,
+    slow_but,
+    stepper,
+)
 from optax_rmsprop import (
     check_state_shardings,
     compress_state,
@@ -521,13 +527,10 @@ def test_a_state_elsewhere_has_more_collectives():
         state_shardings(R(), params | {"stack": moved["stack"]})
 
 
-@pytest.mark.skipif(
-    "pinned_host" not in [m.kind for m in jax.devices()[0].addressable_memories()],
-    reason="CPUs have pinned_host memory in newer versions of JAX",
-)
 @pytest.mark.parametrize("kind", slow_but(["everything"], KINDS))
 def test_a_state_in_host_memory(kind):
     """It computes the same, and a state in the other memory is found, either way."""
+    skip_without_pinned_host()
     tx = KINDS[kind]
     _, params, places, shardings = fsdp("Auto", kind)
     in_host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
