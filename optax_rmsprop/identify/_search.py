@@ -29,7 +29,7 @@ FINE_FITS = 6
 # The neighbours of the best form are tried again while they divide the error by two.
 ROUNDS = 3
 GAINED = 0.5
-# Below this share of steps that follow the gradient, or its opposite, weight decay or
+# If fewer steps than this share follow the gradient, or its opposite, weight decay or
 # momentum may hide whether the run ascends.
 UNCLEAR = 0.1
 # With fitted slots the least squares have up to three columns a coordinate.
@@ -48,8 +48,11 @@ def forms(run: Run, from_start: bool) -> Iterator[Form]:
     both = (False, True)
     varies = both if not run.constant_rate else (False,)
     corrects = both if from_start else (False,)
-    along = float(np.mean(np.sign(run.moved) * np.sign(run.grads)))
-    ascends = both if abs(along) < UNCLEAR else (along > 0,)
+    # The first step has no momentum. But a long one may make the parameters so large
+    # that weight decay decides the sign of all others.
+    follows = np.sign(run.moved) * np.sign(run.grads)
+    shares = np.mean(follows[np.argmax(~run.skipped)]), np.mean(follows)
+    ascends = both if min(np.abs(shares)) < UNCLEAR else sorted({x > 0 for x in shares})
     for switches in itertools.product(
         both, both, corrects, ascends, (False,), both, varies, varies
     ):
