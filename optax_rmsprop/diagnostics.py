@@ -35,8 +35,8 @@ class Diagnosis(NamedTuple):
         the loss, a scalar. None unless a product with H was given. Above 2, plain
         RMSprop with these step sizes overshoots along the eigenvector by more in each
         update; above 2 (1 + m) with momentum m, and above (2 + 2 m) / (1 + 2 m) with
-        nesterov. In training on all data at once it rises to about that limit and
-        stays there.
+        nesterov. In training on all data at once it often rises to about that limit
+        and stays there.
     """
 
     step_size: optax.Updates

@@ -81,7 +81,8 @@ def compare(
     differ, the steps of `tx` and the recorded ones are both identified (`identify`).
 
     Args:
-      tx: any optax transformation, with the learning rate of the recorded run.
+      tx: an optax transformation whose update needs only gradients and parameters, with
+        the learning rate of the recorded run.
       params, grads: as in `identify`, but all parameters that `tx` needs, such as for
         a mask or a global norm.
       learning_rate: as in `identify`; only to identify them.

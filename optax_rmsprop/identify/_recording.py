@@ -193,8 +193,9 @@ def record(
     coordinates, chosen once. The optimizer is not changed afterwards.
 
     Args:
-      optimizer: a torch.optim.Optimizer of any class, or an optimizer of Keras 3 in a
-        loop that is not compiled (`model.compile(..., run_eagerly=True)`).
+      optimizer: a torch.optim.Optimizer of any class, if its step gets no closure, or
+        an optimizer of Keras 3 in a loop that is not compiled
+        (`model.compile(..., run_eagerly=True)`).
       steps: how many steps, at least 10. Later ones are not recorded.
       group: the parameter group of torch to record, an index; needed if there are
         several, because each has options of its own.

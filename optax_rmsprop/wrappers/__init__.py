@@ -1,7 +1,8 @@
 """Functions for the state of any optax transformation, not only of ours.
 
-`compress_state` wraps a transformation and stores its state in one or two bytes per
-number (`_small_state.py`); the 8-bit codes are in `_codes.py`.
+`compress_state` wraps a transformation and stores the arrays of its state that have the
+shape of a parameter in one or two bytes per number (`_small_state.py`); the 8-bit codes
+are in `_codes.py`.
 `stochastic_apply_updates` adds updates to 16-bit parameters. Both round at random
 (`_rounding.py`). `master_weights` makes bfloat16 parameters accurate to 24 or 32 bits;
 `float32_params` and `bfloat16_params` convert them (`_master_weights.py`).

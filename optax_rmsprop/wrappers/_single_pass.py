@@ -8,10 +8,11 @@ is two loops, and the second waits for the first:
 
 XLA has a pass that joins loops which read the same arrays, if neither needs what the
 other writes. So the second loop must compute the new nu itself. `single_pass` achieves
-this for any transformation: it makes the update once for each slot, and once for the
-parameters. With momentum, nu is taken from the first of three updates, the buffer from
-the second, and what is added to the parameters from the third. In the joined loop, the
-compiler finds that they are the same, and computes them once.
+this for transformations that work element by element, ours or others: it makes the
+update once for each slot, and once for the parameters. With momentum, nu is taken from
+the first of three updates, the buffer from the second, and what is added to the
+parameters from the third. In the joined loop, the compiler finds that they are the
+same, and computes them once.
 
 XLA would merge them earlier, and nothing would be joined. So each update reads its
 arrays through a mask of its own, which is True everywhere. XLA cannot know that,
@@ -55,7 +56,7 @@ CALLS = "jit", "pjit", "custom_jvp_call"
 def single_pass(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Read and write each array once a step on CPUs, for any optax transformation.
+    """Give a step a form in which XLA reads and writes each array once, on CPUs.
 
     XLA makes a loop for each array that a step writes, and reads the gradient again in
     each. It has a pass that joins loops, which is off by default. This environment
@@ -67,8 +68,9 @@ def single_pass(
     `joins_loops()` says whether the pass is on.
 
     Args:
-      tx: any optax transformation. Wrap a whole chain. Where a wrapper branches, as
-        `optax.MultiSteps` and `optax.apply_if_finite` do, wrap what is inside.
+      tx: an optax transformation that works element by element, as RMSprop and Adam do.
+        Wrap a whole chain. Where a wrapper branches, as `optax.MultiSteps` and
+        `optax.apply_if_finite` do, wrap what is inside.
 
     Returns:
       A transformation with the state and the arguments of `tx`. Its updates are those
@@ -80,7 +82,9 @@ def single_pass(
       Loops are joined if they have less than 20 operands and write the same dtype. So
       very long chains keep several loops, and parameters in 16 bits have a loop of
       their own beside that of their averages in float32. Where the state is in uint8
-      (`compress_state`), the loops are those of `tx`.
+      (`compress_state`), the loops are those of `tx`. Sums over arrays have loops of
+      their own: with some in the middle of `tx`, as in `optax.lamb` and
+      `optax.contrib.prodigy`, several loops remain, sometimes more than those of `tx`.
 
     Raises:
       TypeError: a `tx` that is not an optax transformation.

@@ -2,7 +2,8 @@
 
 This differs from the 8-bit optimizers of bitsandbytes and flashoptim:
 
-1. It wraps any optax transformation, on any backend, and all of its options apply.
+1. It wraps an optax transformation, all of whose options apply. It compresses the
+   arrays of the state that have the shape of a parameter, and no others.
 2. Codes have the parameter's shape, and one format for each row, so both are sharded as
    the parameter is. Blocks of 256 or 32 numbers would cross the shards, and a TPU would
    have to copy the array.
@@ -82,11 +83,15 @@ def compress_state(
     seed: int = 0,
     min_size: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keep the state of any optax transformation in one or two bytes per number.
+    """Keep the averages of an optimizer in one or two bytes per number.
 
         s      = decode(codes)
         u, s   = tx.update(g, s, p)
         codes <- encode(s)                  rounded up or down at random, to a level
+
+    It compresses the arrays of a state s that have the shape of a parameter, whatever
+    the transformation. All others stay as they are: `optax.lbfgs` hardly shrinks,
+    because its memory has one axis more than the parameters.
 
     Updates are computed from the exact new state; only the stored state is rounded. The
     probabilities are such that the mean of the stored number is the exact number, in
