@@ -123,7 +123,7 @@ RTOL = {"float32": 1e-5, "float64": 1e-13}
 
 
 @pytest.mark.slow
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=100)
 @given(
     program=st.sampled_from(PROGRAMS),
     shape=st.sampled_from(SHAPES),

@@ -322,7 +322,7 @@ def test_momentum_and_clipping_do_not_hide_it_either(bad):
 
 # Properties. Hyperparameters are arrays, so that one compilation serves all examples.
 
-repeatable = settings(derandomize=True, deadline=None, max_examples=40)
+repeatable = settings(derandomize=True, deadline=None, max_examples=25)
 fractions = st.floats(0, 1, width=32)
 SHAPE = 2, 3
 STEPS = 5

@@ -28,26 +28,23 @@ def test_the_same_numbers():
     assert "The same numbers" in str(same)
 
 
-CAUSES = {
+CAUSE = (
     "the learning rate inside the momentum buffer, but the recording has the learning "
-    "rate outside the momentum buffer": rmsprop(
-        rate, 0.9, 1e-2, momentum=0.9, lr_in_momentum=True
-    ),
-    "decay 0.99, but the recording has 0.9": rmsprop(rate, 0.99, 1e-2, momentum=0.9),
-}
+    "rate outside the momentum buffer"
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cause", CAUSES)
-def test_a_single_cause(cause):
-    other = compare(CAUSES[cause], {"w": TORCH}, {"w": G}, RATES)
+def test_a_single_cause():
+    tx = rmsprop(rate, 0.9, 1e-2, momentum=0.9, lr_in_momentum=True)
+    other = compare(tx, {"w": TORCH}, {"w": G}, RATES)
     assert not other.same
-    assert other.causes == (cause,)
+    assert other.causes == (CAUSE,)
     assert other.leaf == "['w']"
     # Under a rate that changes, the order of rate and momentum shows a step later.
-    assert other.step == ("inside" in cause)
+    assert other.step == 1
     assert other.found[0].call.startswith("dialects.torch(learning_rate, alpha=0.9")
-    assert cause in str(other)
+    assert CAUSE in str(other)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ CASES = {
     "lion": lambda: optax.lion(1e-2),
     **{
         f"dialects.{name}": functools.partial(getattr(dialects, name), 1e-2)
-        for name in dialects.__all__
+        for name in ("tensorflow", "keras", "paddle", "mlx", "dqn2015")
     },
     **{
         name: functools.partial(wrap, lambda: rmsprop(1e-2, momentum=0.9))
