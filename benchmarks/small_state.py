@@ -339,9 +339,7 @@ def draw(report, path):
         columns = [(name, part) for name in report["options"] for part in parts]
         for axes, (optimizer, part) in zip(panels, columns, strict=True):
             for way, look in looks.items():
-                row = report["rows"].get(f"{task} | {optimizer} | {way}")
-                if row is None:  # left out by --ways
-                    continue
+                row = report["rows"][f"{task} | {optimizer} | {way}"]
                 curves = np.array(row["curves"][part])
                 steps = np.arange(1, curves.shape[1] + 1) * about["steps"]
                 steps = steps / curves.shape[1]
