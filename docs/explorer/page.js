@@ -694,7 +694,7 @@ function start() {
     shade();
   });
   $("reset").addEventListener("click", () => {
-    begin({ settings: { ...DEFAULTS, ...SCENE } });
+    begin({ settings: { ...START } });
   });
   $("controls").addEventListener("submit", (event) => event.preventDefault());
   $("look").addEventListener("input", () => {

@@ -267,6 +267,21 @@ def test_the_defaults_are_the_packages(script):
     assert script("DEFAULTS").keys() == arguments - missing
 
 
+def test_an_empty_address_begins_with_four_different_paths(script):
+    s = script("fromHash('').settings")
+    left, right, bottom, top = script("SURFACES[s.surface].view", s=s)
+    paths = [
+        run(script, name, s)["points"] for name in ("ours", "torch", "keras", "optax")
+    ]
+    for p, q in itertools.combinations(paths, 2):
+        way = np.abs(p[:, None] - q[None]) / [right - left, top - bottom]
+        nearest = np.linalg.norm(way, axis=2).min(1)
+        assert nearest.max() > 0.04  # of the map: 20 pixels
+    assert script("fromHash(`#${toHash({...DEFAULTS, ...SCENE})}`).settings") == scene(
+        steps=200
+    )
+
+
 REFUSED = {
     "nesterov": {"nesterov": True},
     "decay": {"centered": True, "decay": 0.0},
@@ -378,7 +393,7 @@ def test_the_page_loads_and_draws(open_page):
         assert path_of(page, name).count("L") == 200
     for chart in ("loss", "rate-0", "rate-1"):
         assert page.locator(f"#{chart} .curve").count() == 4
-    assert page.inner_text("#call") == "rmsprop()"
+    assert "bias_correction=True" in page.inner_text("#call")
     assert page.get_attribute("header a", "href") == "index.html"
 
 
@@ -407,7 +422,7 @@ def test_every_control_changes_the_path(open_page, script):
 
 @pytest.mark.slow
 def test_a_typed_number_is_taken_or_marked(open_page):
-    page = open_page()
+    page = open_page("#learning_rate=0.01")
     page.fill("#eps", "1e-3")
     assert page.inner_text("#call") == "rmsprop(eps=0.001)"
     before = path_of(page)
@@ -427,7 +442,7 @@ def test_the_address_is_the_setting(open_page, expect):
     assert page.inner_text("#ignored").endswith("decay")
     path = path_of(page)
     page.click("#reset")
-    assert "#" not in address_of(page)
+    assert page.input_value("#preset") == "apart"
     assert path_of(page) != path
     page.evaluate("location.hash = 'momentum=0.9&nesterov=true&surface=saddle'")
     expect(page.locator("#nesterov")).to_be_checked()
@@ -468,6 +483,13 @@ def test_nothing_scrolls_sideways(open_page, width):
     for language in LABELS:
         page = open_page(f"?lang={language}", width=width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.slow
+def test_a_swipe_over_a_slider_scrolls(open_page):
+    page = open_page(width=390)
+    touch = "nodes => nodes.map((node) => getComputedStyle(node).touchAction)"
+    assert set(page.eval_on_selector_all("input[type=range]", touch)) == {"pan-y"}
 
 
 @pytest.mark.slow
