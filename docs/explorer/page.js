@@ -702,6 +702,15 @@ function start() {
     page.look = Number($("look").value);
     draw();
   });
+  // A touch moves a slider at once; if it then scrolls the page, it changes nothing.
+  let before = null;
+  window.addEventListener("pointerdown", () => (before = { ...page }));
+  window.addEventListener("pointercancel", ({ target }) => {
+    if (target.type !== "range") return;
+    change(before.settings);
+    page.look = before.look;
+    draw();
+  });
   $("play").addEventListener("click", play);
   $("copy").addEventListener("click", copyCall);
   window.addEventListener("hashchange", () => begin(fromHash(location.hash)));

@@ -354,7 +354,7 @@ def open_page(browser, tmp_path):
 
     def opened(rest="", width=1280):
         context = browser.new_context(
-            viewport={"width": width, "height": 800}, locale="en-US"
+            viewport={"width": width, "height": 800}, locale="en-US", has_touch=True
         )
         contexts.append(context)
         page = context.new_page()
@@ -486,10 +486,23 @@ def test_nothing_scrolls_sideways(open_page, width):
 
 
 @pytest.mark.slow
-def test_a_swipe_over_a_slider_scrolls(open_page):
+def test_a_swipe_over_a_slider_scrolls_and_sets_nothing(open_page, expect):
     page = open_page(width=390)
-    touch = "nodes => nodes.map((node) => getComputedStyle(node).touchAction)"
-    assert set(page.eval_on_selector_all("input[type=range]", touch)) == {"pan-y"}
+    slider = page.locator("#decay-slider")
+    assert slider.evaluate("node => getComputedStyle(node).touchAction") == "pan-y"
+    slider.scroll_into_view_if_needed()
+    box, top, value = (
+        slider.bounding_box(),
+        *page.evaluate("[scrollY, $('decay').value]"),
+    )
+    touch = page.context.new_cdp_session(page)
+    kinds = "touchStart", *["touchMove"] * 8, "touchEnd"
+    for k, kind in enumerate(kinds):
+        point = {"x": box["x"] + box["width"] * 0.9, "y": box["y"] + 10 - 15 * k}
+        points = [] if kind == "touchEnd" else [point]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    expect(page.locator("#decay")).to_have_value(value)
+    assert page.evaluate("scrollY") > top + 50
 
 
 @pytest.mark.slow
