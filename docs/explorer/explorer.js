@@ -53,6 +53,13 @@ const SLIDERS = {
 const STOPS_A_DECADE = 20;
 
 const PRESETS = {
+  apart: {
+    learning_rate: 0.03,
+    decay: 0.9,
+    eps: 0.5,
+    momentum: 0.9,
+    bias_correction: true,
+  },
   torch: {},
   keras: {
     learning_rate: 0.001,
@@ -97,6 +104,9 @@ const PRESETS = {
     schedule: "drop",
   },
 };
+
+// Where the page begins, and what an empty address stands for.
+const START = { ...DEFAULTS, ...SCENE, ...PRESETS.apart };
 
 function toPosition(name, value) {
   const { scale, low, high, zero } = SLIDERS[name];
@@ -157,6 +167,7 @@ function pythonCall(s) {
 function toHash(s) {
   const all = { ...DEFAULTS, ...SCENE };
   const given = Object.keys(all).filter((name) => s[name] !== all[name]);
+  if (!given.length) given.push("learning_rate"); // an empty address is START
   const text = (x) => (typeof x === "number" ? plain(x) : x);
   return given.map((name) => `${name}=${text(s[name])}`).join("&");
 }
@@ -180,9 +191,10 @@ function valueOf(name, text) {
 
 // What is not understood, or not allowed, stays at its default and is named.
 function fromHash(hash) {
-  const settings = { ...DEFAULTS, ...SCENE };
+  const parts = hash.replace(/^#/, "").split("&").filter(Boolean);
+  const settings = parts.length ? { ...DEFAULTS, ...SCENE } : { ...START };
   const ignored = new Set();
-  for (const part of hash.replace(/^#/, "").split("&").filter(Boolean)) {
+  for (const part of parts) {
     const [name, text = ""] = part.split("=").map(decoded);
     const value = Object.hasOwn(settings, name) ? valueOf(name, text) : null;
     if (value === null) ignored.add((name || part).slice(0, 40));

@@ -694,12 +694,21 @@ function start() {
     shade();
   });
   $("reset").addEventListener("click", () => {
-    begin({ settings: { ...DEFAULTS, ...SCENE } });
+    begin({ settings: { ...START } });
   });
   $("controls").addEventListener("submit", (event) => event.preventDefault());
   $("look").addEventListener("input", () => {
     stop();
     page.look = Number($("look").value);
+    draw();
+  });
+  // A touch moves a slider at once; if it then scrolls the page, it changes nothing.
+  let before = null;
+  window.addEventListener("pointerdown", () => (before = { ...page }));
+  window.addEventListener("pointercancel", ({ target }) => {
+    if (target.type !== "range") return;
+    change(before.settings);
+    page.look = before.look;
     draw();
   });
   $("play").addEventListener("click", play);

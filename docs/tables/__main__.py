@@ -21,6 +21,7 @@ import number_tables  # noqa: E402, F401
 import port_tables  # noqa: E402, F401
 import recipe_tables  # noqa: E402, F401
 import record_tables  # noqa: E402, F401
+import sources  # noqa: E402, F401
 from generated import BLOCK, TABLES, filled  # noqa: E402
 
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)

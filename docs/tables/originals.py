@@ -1,5 +1,10 @@
 """Facts about the originals of the dialects, which no code can tell."""
 
+from sources import SOURCES, linked
+
+LUA, _ = SOURCES["dqn"]
+(GRAVES,) = SOURCES["graves"]
+
 # Where each original is; where the languages differ, in English and in Chinese.
 ORIGINALS = {
     "bitsandbytes": (
@@ -7,10 +12,13 @@ ORIGINALS = {
         "`bitsandbytes.optim.RMSprop`，32 位",
     ),
     "chainer": "`chainer.optimizers.RMSprop`",
-    "dqn2015": ("the Lua code of DQN in Nature", "Nature 论文中 DQN 的 Lua 代码"),
+    "dqn2015": (
+        f"the {linked('Lua code', LUA)} of DQN in Nature",
+        f"Nature 论文中 DQN 的 {linked('Lua 代码', LUA)}",
+    ),
     "graves2013": (
-        "arXiv:1308.0850; `chainer.optimizers.RMSpropGraves`",
-        "arXiv:1308.0850；`chainer.optimizers.RMSpropGraves`",
+        f"{linked(GRAVES, GRAVES)}; `chainer.optimizers.RMSpropGraves`",
+        f"{linked(GRAVES, GRAVES)}；`chainer.optimizers.RMSpropGraves`",
     ),
     "jax_example_libraries": (
         "`rmsprop`, `rmsprop_momentum` of `jax.example_libraries.optimizers`",

@@ -8,6 +8,7 @@ import numpy as np
 
 from generated import digits, number, rows_of, table
 from settings import settings_in
+from sources import SOURCES, linked
 
 # The columns after the first, in the order of the table.
 COLUMNS = "decay", "epsilon", "momentum", "learning rate", "clipping", "weight decay"
@@ -104,7 +105,8 @@ def row(name, call, batch, cells):
     if "learning rate" not in cells:
         found["learning rate"] = rate_cell(settings["learning_rate"], batch)
     found |= cells
-    return [name, *(found[column] for column in COLUMNS)]
+    source, *_ = SOURCES[call]
+    return [linked(name, source), *(found[column] for column in COLUMNS)]
 
 
 @table("recipes")

@@ -267,6 +267,21 @@ def test_the_defaults_are_the_packages(script):
     assert script("DEFAULTS").keys() == arguments - missing
 
 
+def test_an_empty_address_begins_with_four_different_paths(script):
+    s = script("fromHash('').settings")
+    left, right, bottom, top = script("SURFACES[s.surface].view", s=s)
+    paths = [
+        run(script, name, s)["points"] for name in ("ours", "torch", "keras", "optax")
+    ]
+    for p, q in itertools.combinations(paths, 2):
+        way = np.abs(p[:, None] - q[None]) / [right - left, top - bottom]
+        nearest = np.linalg.norm(way, axis=2).min(1)
+        assert nearest.max() > 0.04  # of the map: 20 pixels
+    assert script("fromHash(`#${toHash({...DEFAULTS, ...SCENE})}`).settings") == scene(
+        steps=200
+    )
+
+
 REFUSED = {
     "nesterov": {"nesterov": True},
     "decay": {"centered": True, "decay": 0.0},
@@ -339,7 +354,7 @@ def open_page(browser, tmp_path):
 
     def opened(rest="", width=1280):
         context = browser.new_context(
-            viewport={"width": width, "height": 800}, locale="en-US"
+            viewport={"width": width, "height": 800}, locale="en-US", has_touch=True
         )
         contexts.append(context)
         page = context.new_page()
@@ -378,7 +393,7 @@ def test_the_page_loads_and_draws(open_page):
         assert path_of(page, name).count("L") == 200
     for chart in ("loss", "rate-0", "rate-1"):
         assert page.locator(f"#{chart} .curve").count() == 4
-    assert page.inner_text("#call") == "rmsprop()"
+    assert "bias_correction=True" in page.inner_text("#call")
     assert page.get_attribute("header a", "href") == "index.html"
 
 
@@ -407,7 +422,7 @@ def test_every_control_changes_the_path(open_page, script):
 
 @pytest.mark.slow
 def test_a_typed_number_is_taken_or_marked(open_page):
-    page = open_page()
+    page = open_page("#learning_rate=0.01")
     page.fill("#eps", "1e-3")
     assert page.inner_text("#call") == "rmsprop(eps=0.001)"
     before = path_of(page)
@@ -427,7 +442,7 @@ def test_the_address_is_the_setting(open_page, expect):
     assert page.inner_text("#ignored").endswith("decay")
     path = path_of(page)
     page.click("#reset")
-    assert "#" not in address_of(page)
+    assert page.input_value("#preset") == "apart"
     assert path_of(page) != path
     page.evaluate("location.hash = 'momentum=0.9&nesterov=true&surface=saddle'")
     expect(page.locator("#nesterov")).to_be_checked()
@@ -468,6 +483,26 @@ def test_nothing_scrolls_sideways(open_page, width):
     for language in LABELS:
         page = open_page(f"?lang={language}", width=width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.slow
+def test_a_swipe_over_a_slider_scrolls_and_sets_nothing(open_page, expect):
+    page = open_page(width=390)
+    slider = page.locator("#decay-slider")
+    assert slider.evaluate("node => getComputedStyle(node).touchAction") == "pan-y"
+    slider.scroll_into_view_if_needed()
+    box, top, value = (
+        slider.bounding_box(),
+        *page.evaluate("[scrollY, $('decay').value]"),
+    )
+    touch = page.context.new_cdp_session(page)
+    kinds = "touchStart", *["touchMove"] * 8, "touchEnd"
+    for k, kind in enumerate(kinds):
+        point = {"x": box["x"] + box["width"] * 0.9, "y": box["y"] + 10 - 15 * k}
+        points = [] if kind == "touchEnd" else [point]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    expect(page.locator("#decay")).to_have_value(value)
+    assert page.evaluate("scrollY") > top + 50
 
 
 @pytest.mark.slow

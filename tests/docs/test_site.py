@@ -94,6 +94,144 @@ def test_the_buttons_of_a_phone_open_what_they_say(site, browser):
     page.close()
 
 
+# The least contrast of text with the ground behind it, and the text. What has the
+# classes of an earlier text is passed over.
+CONTRAST = """() => {
+  const canvas = document.createElement("canvas");
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  const numbers = (color) => {
+    context.clearRect(0, 0, 1, 1);
+    context.fillStyle = color;
+    context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data].map((x) => x / 255);
+  };
+  const light = (rgb) => {
+    const linear = (x) => (x > 0.04045 ? ((x + 0.055) / 1.055) ** 2.4 : x / 12.92);
+    const [r, g, b] = rgb.map(linear);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const groundOf = (node) => {
+    for (; node; node = node.parentElement) {
+      const ground = numbers(getComputedStyle(node).backgroundColor);
+      if (ground[3] === 1) return ground.slice(0, 3);
+    }
+  };
+  const opacityOf = (node) =>
+    node ? getComputedStyle(node).opacity * opacityOf(node.parentElement) : 1;
+  let least = [21, ""];
+  const seen = new Set();
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const node = texts.currentNode.parentElement;
+    const text = texts.currentNode.data.trim();
+    const kind = [node, node.parentElement, node.parentElement?.parentElement]
+      .map((x) => `${x?.tagName}.${x?.className}`)
+      .join();
+    if (!text || seen.has(kind)) continue;
+    if (!node.checkVisibility({ visibilityProperty: true })) continue;
+    seen.add(kind);
+    const ground = groundOf(node);
+    const [r, g, b, a] = numbers(getComputedStyle(node).color);
+    const alpha = a * opacityOf(node);
+    const ink = [r, g, b].map((x, i) => alpha * x + (1 - alpha) * ground[i]);
+    const [low, high] = [light(ink), light(ground)].sort((x, y) => x - y);
+    const contrast = (high + 0.05) / (low + 0.05);
+    if (contrast < least[0]) least = [contrast, text.slice(0, 40), kind];
+  }
+  return least;
+}"""
+
+
+def test_pages_run_without_errors_and_can_be_read(site, browser):
+    page, errors = browser.new_page(), []
+    page.on("pageerror", lambda error: errors.append((page.url, str(error))))
+    page.on(
+        "console",
+        lambda said: said.type == "error" and errors.append((page.url, said.text)),
+    )
+    source = "_modules/optax_rmsprop/optimizer.html"  # pages with sources are alike
+    for path in pages_of(site):
+        name = str(path.relative_to(site))
+        if "_modules" in name and name != source:
+            continue
+        page.goto(path.as_uri())
+        # The explorer has its own tests.
+        for theme in ("light", "dark") if name != "explore.html" else ():
+            page.evaluate(
+                """(theme) => {
+                  document.documentElement.dataset.theme = theme;
+                  document.getAnimations().forEach((animation) => animation.finish());
+                }""",
+                theme,
+            )
+            contrast, *text = page.evaluate(CONTRAST)
+            assert contrast >= 4.5, (name, theme, text)
+    page.close()
+    assert errors == []
+
+
+def test_contents_mark_the_section_in_sight(site, browser):
+    from playwright.sync_api import expect
+
+    page = browser.new_page()
+    page.goto((site / "parameters.html").as_uri())
+    for link in page.locator("#pst-page-toc-nav a").all()[2:4]:
+        section = page.locator(link.get_attribute("href"))
+        section.evaluate("node => node.scrollIntoView()")
+        expect(link).to_have_attribute("aria-current", "true")
+    page.close()
+
+
+def test_the_search_shows_words_of_the_article(site, browser):
+    page = browser.new_page()
+    page.goto((site / "search.html").as_uri())
+    text = page.evaluate("Search.htmlToText", (site / "scale.html").read_text())
+    assert text.split(maxsplit=1)[0] == "Scale"
+    page.close()
+
+
+def test_a_phone_shows_figures_whole_and_no_name_over_numbers(site, browser):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto((site / "dialects.html").as_uri())
+    ends = "nodes => nodes.map((node) => node.getBoundingClientRect().right)"
+    assert max(page.eval_on_selector_all("article img", ends)) <= 390
+    covered = """cells => cells.map((cell) => {
+      const parts = [cell, ...cell.querySelectorAll("*")];
+      const [end, ...ends] = parts.map((x) => x.getBoundingClientRect().right);
+      return [cell.textContent, Math.max(...ends) - end];
+    }).filter(([name, over]) => over > 0)"""
+    assert page.eval_on_selector_all("td:first-child", covered) == []
+    page.close()
+
+
+def test_chinese_pages_are_chinese_around_the_text(site):
+    text = (site / "zh" / "parameters.html").read_text()
+    assert 'lang="zh-CN"' in text
+    around = text.partition('<article class="bd-article">')
+    around = around[0] + around[2].partition("</article>")[2]
+    for english in (
+        "Contents",
+        "Skip to",
+        "Search",
+        "Color mode",
+        "previous",
+        "Toggle",
+    ):
+        assert not re.search(rf'>\s*{english}|(?:title|label)="{english}', around)
+    assert 'title="Link to this heading"' not in text
+
+
+def test_docstrings_have_types_links_and_lists(site):
+    text = (site / "api.html").read_text()
+    assert "ArrayLike" in text
+    assert "<blockquote>" not in text
+    summary = text.partition("autosummary")[2].partition("</table>")[0]
+    for name in ("rmsprop", "dialects.torch", "wrappers.compress_state"):
+        assert f'href="#optax_rmsprop.{name}"' in summary
+        assert f'href="#optax_rmsprop.{name}"' in text.partition(summary)[2]
+    assert 'href="_modules/optax_rmsprop/optimizer.html#rmsprop"' in text
+
+
 def test_the_explorer_is_beside_the_page_that_leads_to_it(site):
     assert (site / "explore.html").exists()
     links = Page((site / "explorer.html").read_text()).links - {None}
