@@ -61,20 +61,18 @@ def test_rmsprop_gives_signs_and_gradient_descent_the_minimum_norm(script):
 @pytest.mark.slow
 def test_the_rule_keeps_the_curve_on_digits(script):
     theory = script("theory_batch")
-    first = theory.curve(theory.BASE, 1, images=12_000, points=6)
+    first = theory.curve(theory.BASE, 1, images=4_800, points=3)
     for (name, rule), least, most in zip(
-        theory.RULES.items(), (0.9, 0.1, 1.4), (1.2, 0.6, 3), strict=True
+        theory.RULES.items(), (0.9, 0.1, 1.2), (1.15, 0.6, 3), strict=True
     ):
-        ratio = theory.curve(rule(4), 4, images=12_000, points=6) / first
+        ratio = theory.curve(rule(4), 4, images=4_800, points=3) / first
         assert least < ratio[-1] < most, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "momentum 0.9, nesterov"])
-def test_sharpness_stays_at_its_limit(script, name):
+def test_sharpness_rises_to_its_limit(script):
     theory = script("theory_edge")
-    plain = "learning rate 0.001, decay 0.99"
-    name = plain if name == "plain" else name
-    _, sharpness = theory.train((theory.PLAIN | theory.MOMENTUM)[name], steps=800)
-    assert sharpness[0] < theory.LIMITS[name]
+    name = "momentum 0.9, nesterov"
+    _, sharpness = theory.train(theory.MOMENTUM[name], steps=800)
+    assert sharpness[0] < 0.2 * theory.LIMITS[name]
     assert np.median(sharpness[-30:]) == pytest.approx(theory.LIMITS[name], rel=0.1)
