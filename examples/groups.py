@@ -88,8 +88,8 @@ def train_step(
 def batches(
     images: np.ndarray, labels: np.ndarray, steps: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    rng = np.random.default_rng(0)
-    for index in rng.integers(len(labels), size=(steps, 32)):
+    indices = np.random.default_rng(0).integers(len(labels), size=(steps, 32))
+    for index in _common.shown(list(indices), f"{labels.max() + 1} digits, step"):
         yield images[index], labels[index]
 
 
@@ -127,6 +127,9 @@ def main(argv: list[str] | None = None) -> None:
         params, state = train_step(tx, params, state, *batch)
         moved.append(distances(params, first))
 
+    _, accuracy = measure(params, held_out_images, held_out_labels)
+    each = ", ".join(f"{g} {d:.1%}" for g, d in zip(GROUPS, moved[-1], strict=True))
+    print(f"held-out accuracy {accuracy:.1%}; moved: {each}")
     if options.output:
         figure = _common.new_figure(3.6)
         axes = figure.subplots()
@@ -134,9 +137,6 @@ def main(argv: list[str] | None = None) -> None:
         axes.set(xlabel="step (half way, rates fall to a tenth)", ylabel="moved, %")
         axes.legend()
         _common.save_figure(figure, options.output)
-    _, accuracy = measure(params, held_out_images, held_out_labels)
-    each = ", ".join(f"{g} {d:.1%}" for g, d in zip(GROUPS, moved[-1], strict=True))
-    print(f"held-out accuracy {accuracy:.1%}; moved: {each}")
 
 
 if __name__ == "__main__":
