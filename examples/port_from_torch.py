@@ -5,7 +5,7 @@
 
 starts from the same weights, trains on the same batches, and ends with
 
-    held-out accuracy 98.7% in torch, 98.7% in JAX, parameters within 1e-06
+    held-out accuracy 98.7% in torch, 98.7% in JAX, parameters within 1e-05
 """
 
 from collections import OrderedDict

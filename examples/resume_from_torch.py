@@ -8,7 +8,7 @@ goes on from it in Flax for five, and for the last five in torch again; and besi
 run that stays in torch. It ends with lines like
 
     held-out accuracy 99.1% of the run that moved, 99.1% of the other
-    parameters within 1e-06, losses within 1e-06
+    parameters within 1e-05, losses within 1e-06
 """
 
 import itertools

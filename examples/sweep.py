@@ -6,7 +6,7 @@
 trains 810 small networks on scikit-learn's digits, and ends with a line like
 
     best: learning_rate 0.003, decay 0.999, momentum 0.5, eps 1e-08; held-out loss \
-0.0868 ± 0.0047, accuracy 97.5% ± 0.3% over 5 seeds
+0.087 ± 0.005, accuracy 97.5% ± 0.3% over 5 seeds
 
 `--output` also writes a table, as JSON. `benchmarks/many_runs.py` compares with torch.
 """
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = table(*map(np.concatenate, zip(*held_out, strict=True)))
     best = rows[np.nanargmin([row["loss"] for row in rows])]  # a NaN loses
     chosen = ", ".join(f"{name} {best[name]:g}" for name in GRID)
-    loss = f"held-out loss {best['loss']:.4f} ± {best['loss_std']:.4f}"
+    loss = f"held-out loss {best['loss']:.3f} ± {best['loss_std']:.3f}"
     accuracy = f"accuracy {best['accuracy']:.1%} ± {best['accuracy_std']:.1%}"
     print(f"best: {chosen}; {loss}, {accuracy} over {options.seeds} seeds")
     if options.output:

@@ -31,9 +31,9 @@ SHORTER = {
 LAST_LINES = {
     "first_steps": [(100, 100), (0, 0.02)],
     "digits": [(95, 100), (430, 450), (450, 450)],
-    "port_from_torch": [(50, 100), (50, 100), (1e-8, 2e-6)],  # observed: 3e-7
-    "resume_from_torch": [(1e-8, 5e-6), (0, 1e-6)],  # observed: 8e-7 and 5e-7
-    "a2c_cartpole": [(120, 120), *[(100, 500), (0, 500), (0, 500)] * 2],
+    "port_from_torch": [(50, 100), (50, 100), (1e-8, 1e-6)],  # observed: 3e-7
+    "resume_from_torch": [(1e-8, 1e-5), (0, 1e-6)],  # observed: 8e-7 and 5e-7
+    "a2c_cartpole": [(120, 120), *[(100, 500)] * 2],
     "char_model": [(2.5, 3.2), (1.5, 2)],
     "efficientnet_schedule": [(70, 100), (80, 100), (80, 100)],
     "groups": [(90, 100), (0, 0), (5, 50), (100, 500)],
