@@ -5,10 +5,16 @@ example needs them.
 """
 
 import argparse
-from collections.abc import Iterator
+import multiprocessing
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import _errors
 import jax
 import numpy as np
 import optax
@@ -18,9 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+Item = TypeVar("Item")
 HELD_OUT = 450
 TRAINED_ON = 1797 - HELD_OUT
 STYLE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "site.mplstyle"
+FORMATS = ".png", ".pdf", ".svg"
 
 
 def positive_integer(text: str) -> int:
@@ -28,6 +36,30 @@ def positive_integer(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def writable_folder(text: str) -> Path:
+    """A folder, made if it is not there, in which a file can be written."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write there: {error}") from error
+    return folder
+
+
+def figure_file(text: str) -> Path:
+    """Where a figure can be drawn: found out before the training, not after it."""
+    import matplotlib.figure  # noqa: F401  if it is missing, that shows now too
+
+    path = Path(text)
+    if path.suffix not in FORMATS:
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(FORMATS)}: {text}")
+    writable_folder(str(path.parent))
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"is a folder: {text}")
+    return path
 
 
 def parse_options(
@@ -39,8 +71,9 @@ def parse_options(
 ) -> argparse.Namespace:
     """Read `options`, each given as (default, explanation), and `--output FIGURE`.
 
-    An integer must be positive. An option with the default False is a flag. `doc` is
-    the docstring of the example, which is None under `python -OO`.
+    An integer must be positive. A path is that of a folder. An option with the default
+    False is a flag. `doc` is the docstring of the example, which is None under
+    `python -OO`.
     """
     parser = argparse.ArgumentParser(
         description=(doc or "").partition("\n")[0],
@@ -51,12 +84,63 @@ def parse_options(
         if default is False:
             parser.add_argument(option, action="store_true", help=explanation)
         else:
-            kind = positive_integer if isinstance(default, int) else type(default)
-            parser.add_argument(option, type=kind, default=default, help=explanation)
+            kind = positive_integer if isinstance(default, int) else writable_folder
+            # argparse checks a default too, if it is text.
+            text = str(default)
+            parser.add_argument(option, type=kind, default=text, help=explanation)
     if figure:
         explanation = "draw the result in this file"
-        parser.add_argument("--output", type=Path, metavar="FIGURE", help=explanation)
+        kind = figure_file
+        parser.add_argument("--output", type=kind, metavar="FIGURE", help=explanation)
     return parser.parse_args(argv)
+
+
+def shown(items: Sequence[Item], name: str) -> Iterator[Item]:
+    """The items, with a line for every tenth part of them: "step 60 of 600".
+
+    Without a name there are no lines, for the processes that should not repeat it.
+    """
+    for done, item in enumerate(items, 1):
+        yield item
+        if name and done * 10 // len(items) > (done - 1) * 10 // len(items):
+            print(f"{name} {done} of {len(items)}", flush=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Refuse a second process in a folder. The system unlocks it, after a kill too."""
+    import fcntl  # not on Windows
+
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another process is at work in {folder}") from None
+        yield
+
+
+def run_processes(function: Callable, count: int, *arguments: Any) -> None:
+    """Call `function(index, *arguments)` in processes, until all are done or one fails.
+
+    Its error is shown once, and so is Ctrl-C, which is for all processes.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=spawn) as pool:
+        # They start by ignoring Ctrl-C, if it is ignored here then.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        runs = [pool.submit(function, index, *arguments) for index in range(count)]
+        signal.signal(signal.SIGINT, handler)
+        try:
+            for run in as_completed(runs):
+                run.result()
+        except BaseException as error:
+            # The others may wait for the one that failed.
+            for process in multiprocessing.active_children():
+                process.kill()
+            if _errors.line_of(error) or not error.__cause__:
+                raise
+            # The cause is the traceback in that process. The one here tells no more.
+            raise SystemExit(str(error.__cause__).strip('\n"')) from None
 
 
 def split_digits() -> list[np.ndarray]:
@@ -98,6 +182,12 @@ def largest_difference(ours: Any, theirs: Any) -> float:
     """The largest difference of two trees of arrays; NaN if there is one."""
     differences = jax.tree.map(lambda p, q: np.abs(p - q).max(), ours, theirs)
     return float(np.max(jax.tree.leaves(differences)))
+
+
+def bound(difference: float) -> str:
+    """The power of ten above a difference, whose digits vary with the machine."""
+    with np.errstate(divide="ignore"):  # a difference of 0 gives 0e+00
+        return f"{10 ** np.ceil(np.log10(difference)):.0e}"
 
 
 def torch_weights(network: "nn.Module") -> dict[str, np.ndarray]:
@@ -151,5 +241,4 @@ def new_figure(height: float) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

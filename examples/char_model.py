@@ -109,7 +109,7 @@ def train(
             bits = float(loss) / (held_out.shape[1] - 1) / np.log(2)
             looks.append((step + 1, bits))
             sizes.append(step_sizes(optimizer))
-            print(f"step {step + 1}: {bits:.3f} bits a character, held out")
+            print(f"step {step + 1}: {bits:.3f} bits a character", flush=True)
     return np.array(losses), np.array(looks), np.array(sizes)
 
 
@@ -135,14 +135,14 @@ def main(argv: list[str] | None = None) -> None:
     rows = [x[: len(x) // SEQUENCES * SEQUENCES].reshape(SEQUENCES, -1) for x in ids]
     model = Writer(len(letters), nnx.Rngs(0))
     curves = train(model, *rows, options.steps)
-    if options.output:
-        draw(*curves, options.output)
     written = write(model, jnp.full((1, 1), number["\n"]), jax.random.key(0))
     print("".join(letters[n] for n in np.asarray(written)))
     packed = [len(lzma.compress(x.encode())) for x in (parts[0], "".join(parts))]
     xz = 8 * (packed[1] - packed[0]) / len(parts[1])
     text = f"held-out loss {curves[1][-1, 1]:.2f} bits a character"
     print(f"{text} (xz, knowing the training text: {xz:.2f})")
+    if options.output:
+        draw(*curves, options.output)
 
 
 if __name__ == "__main__":

@@ -136,13 +136,13 @@ def main(argv: list[str] | None = None) -> None:
         if twin:
             torchs = np.mean([twin.step(*batch) for batch in batches])
             params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-            apart = _common.largest_difference(params, twin.in_flax())
-            print(f"in torch: loss {torchs:.6f}, parameters within {apart:.0e}")
-    if options.output:
-        draw(np.array(history), options.output)
+            within = _common.bound(_common.largest_difference(params, twin.in_flax()))
+            print(f"in torch: loss {torchs:.6f}, parameters within {within}")
     _, accuracy = held_out
     right = f"{accuracy * HELD_OUT:.0f} of {HELD_OUT} digits"
     print(f"held-out accuracy {accuracy:.1%} ({right})")
+    if options.output:
+        draw(np.array(history), options.output)
 
 
 if __name__ == "__main__":

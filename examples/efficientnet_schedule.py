@@ -63,7 +63,7 @@ def measure(
     )
 
 
-def train(rmsprop: optax.GradientTransformation, epochs: int) -> Arrays:
+def train(name: str, rmsprop: optax.GradientTransformation, epochs: int) -> Arrays:
     """Losses, quantiles of step sizes, and accuracies of raw and averaged weights."""
     (images, labels), held_out = (_common.split_digits()[k::2] for k in (0, 1))
     decay = optax.add_decayed_weights(1e-5, lambda p: {n: "Norm" not in n for n in p})
@@ -89,6 +89,9 @@ def train(rmsprop: optax.GradientTransformation, epochs: int) -> Arrays:
             run, numbers = train_step(run, len(steps), *batch)
             steps.append(numbers)
         accuracies.append([evaluate(params, *held_out)[1] for params in run[:2]])
+        raw, mean = accuracies[-1]
+        text = f"raw {raw:.1%}, averaged {mean:.1%}"
+        print(f"{name}, epoch {len(accuracies)}: {text}", flush=True)
     losses, quantiles = map(np.array, zip(*steps, strict=True))
     return losses, quantiles, np.array(accuracies)
 
@@ -119,11 +122,12 @@ def main(argv: list[str] | None = None) -> None:
     # Stable-Baselines3's is TensorFlow's with the learning rate outside of the buffer.
     inside = dialects.tensorflow(schedule, decay=0.9, momentum=0.9, epsilon=EPSILON)
     outside = dialects.stable_baselines3(schedule, alpha=0.9, momentum=0.9, eps=EPSILON)
-    runs = [train(rmsprop, options.epochs) for rmsprop in (inside, outside)]
-    if options.output:
-        draw(*runs, options.output)
+    named = {"rate inside": inside, "rate outside": outside}
+    runs = [train(*item, options.epochs) for item in named.items()]
     (raw, mean), (_, other) = (accuracies[-1] for *_, accuracies in runs)
     print(f"held-out accuracy: raw {raw:.1%}, averaged {mean:.1%}, outside {other:.1%}")
+    if options.output:
+        draw(*runs, options.output)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ The lines of the same program in torch stand in the comments.
 
 from pathlib import Path
 
+import _common
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import new_figure, parse_options, save_figure
 
 from optax_rmsprop import rmsprop
 
@@ -32,19 +32,21 @@ def loss_of(params: Params, features: jax.Array, targets: jax.Array) -> jax.Arra
 
 def draw(history: list[tuple[jax.Array, jax.Array]], path: Path) -> None:
     losses, weights = map(np.array, zip(*history, strict=True))
-    figure = new_figure(3.6)
+    figure = _common.new_figure(3.6)
     left, right = figure.subplots(1, 2)
     left.semilogy(losses)
     left.set(xlabel="epoch", ylabel="mean squared error", title="Loss")
     right.plot(weights, "C0-", linewidth=1)
     right.hlines(np.arange(-5.0, 5.0) / 5, 0, len(history), "C5", linestyles=":")
     right.set(xlabel="epoch", title="The ten weights and their true values")
-    save_figure(figure, path)
+    _common.save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> float:
     """Train, print the loss every 10 epochs, and return the last one."""
-    options = parse_options(__doc__, argv, epochs=(100, "steps over all the data"))
+    options = _common.parse_options(
+        __doc__, argv, epochs=(100, "steps over all the data")
+    )
     # features, noise = torch.randn(100, 10), torch.randn(100)
     # targets = features @ torch.arange(-5.0, 5.0) / 5 + 0.1 * noise
     keys = jax.random.split(jax.random.key(0))

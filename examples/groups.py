@@ -6,7 +6,7 @@
 trains a network on scikit-learn's digits 0 to 4, gives it a new head for all ten, and
 goes on in three groups, in which kernels decay, and biases and norms do not:
 
-    held-out accuracy 95.6%; moved: stem 0.0%, backbone 21.5%, head 199.0%
+    held-out accuracy 96%; moved: stem 0%, backbone 20%, head 200%
 
 The same in torch:
 
@@ -88,8 +88,8 @@ def train_step(
 def batches(
     images: np.ndarray, labels: np.ndarray, steps: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    rng = np.random.default_rng(0)
-    for index in rng.integers(len(labels), size=(steps, 32)):
+    indices = np.random.default_rng(0).integers(len(labels), size=(steps, 32))
+    for index in _common.shown(list(indices), f"{labels.max() + 1} digits, step"):
         yield images[index], labels[index]
 
 
@@ -127,6 +127,11 @@ def main(argv: list[str] | None = None) -> None:
         params, state = train_step(tx, params, state, *batch)
         moved.append(distances(params, first))
 
+    _, accuracy = measure(params, held_out_images, held_out_labels)
+    # To the nearest 10 %, because machines differ by less.
+    last = (10 * round(10 * float(distance)) for distance in moved[-1])
+    each = ", ".join(f"{g} {d}%" for g, d in zip(GROUPS, last, strict=True))
+    print(f"held-out accuracy {accuracy:.0%}; moved: {each}")
     if options.output:
         figure = _common.new_figure(3.6)
         axes = figure.subplots()
@@ -134,9 +139,6 @@ def main(argv: list[str] | None = None) -> None:
         axes.set(xlabel="step (half way, rates fall to a tenth)", ylabel="moved, %")
         axes.legend()
         _common.save_figure(figure, options.output)
-    _, accuracy = measure(params, held_out_images, held_out_labels)
-    each = ", ".join(f"{g} {d:.1%}" for g, d in zip(GROUPS, moved[-1], strict=True))
-    print(f"held-out accuracy {accuracy:.1%}; moved: {each}")
 
 
 if __name__ == "__main__":

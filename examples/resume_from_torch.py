@@ -8,7 +8,7 @@ goes on from it in Flax for five, and for the last five in torch again; and besi
 run that stays in torch. It ends with lines like
 
     held-out accuracy 99.1% of the run that moved, 99.1% of the other
-    parameters within 1e-06, losses within 1e-06
+    parameters within 1e-05, losses within 1e-06
 """
 
 import itertools
@@ -61,10 +61,15 @@ def train_in_flax(
         return {**optax.apply_updates(variables, updates), **changed}, state, loss
 
     variables, state, losses = run.params, run.opt_state, []
-    for batch in batches:
+    for batch in _common.shown(batches, "in Flax, step"):
         variables, state, loss = train_step(variables, state, *batch)
         losses.append(float(loss))
     return variables, state, losses
+
+
+def train_in_torch(run: Torch, batches: Batches) -> list[float]:
+    each = _common.shown(batches, "in torch, step")
+    return [_common.torch_step(*run, *batch) for batch in each]
 
 
 def port() -> Any:
@@ -78,7 +83,7 @@ def run_that_moves(batches: Batches) -> tuple[nn.Module, list[float]]:
     """Three legs: in torch, in Flax, and in torch again."""
     leg = len(batches) // 3
     run = network, optimizer, scheduler = start_in_torch(len(batches))
-    first = [_common.torch_step(*run, *batch) for batch in batches[:leg]]
+    first = train_in_torch(run, batches[:leg])
     parts = {"model": network, "optimizer": optimizer, "scheduler": scheduler}
     with tempfile.TemporaryFile() as file:
         torch.save({name: part.state_dict() for name, part in parts.items()}, file)
@@ -97,7 +102,7 @@ def run_that_moves(batches: Batches) -> tuple[nn.Module, list[float]]:
     to_torch(variables, state, network, optimizer, port())
     for _ in range(leg):
         scheduler.step()
-    third = [_common.torch_step(*run, *batch) for batch in batches[2 * leg :]]
+    third = train_in_torch(run, batches[2 * leg :])
     return network, first + second + third
 
 
@@ -126,19 +131,18 @@ def main(argv: list[str] | None = None) -> None:
     batches = list(itertools.chain(*epochs))
     moved, losses = run_that_moves(batches)
     run = start_in_torch(len(batches))
-    losses_there = [_common.torch_step(*run, *batch) for batch in batches]
+    losses_there = train_in_torch(run, batches)
     stayed, held_out = run[0], (held_out_images, held_out_labels)
-    if options.output:
-        draw(losses, losses_there, options.output)
-
     ours, theirs = (_common.torch_accuracy(n, *held_out) for n in (moved, stayed))
-    print(
-        f"held-out accuracy {ours:.1%} of the run that moved, {theirs:.1%} of the other"
-    )
+    text = f"held-out accuracy {ours:.1%} of the run that moved"
+    print(f"{text}, {theirs:.1%} of the other")
     weights = (_common.torch_weights(network) for network in (moved, stayed))
     apart = _common.largest_difference(*(port()(w)["params"] for w in weights))
     losses_apart = np.abs(np.subtract(losses, losses_there)).max()
-    print(f"parameters within {apart:.0e}, losses within {losses_apart:.0e}")
+    within = map(_common.bound, (apart, losses_apart))
+    print("parameters within {}, losses within {}".format(*within))
+    if options.output:
+        draw(losses, losses_there, options.output)
 
 
 if __name__ == "__main__":

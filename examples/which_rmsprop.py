@@ -11,6 +11,8 @@ that are drawn at random, and records the optimizer. Then it forgets which it wa
 timm itself needs torchvision, so its RMSpropTF stands here in a few lines of torch.
 """
 
+from typing import Any
+
 import _common
 import numpy as np
 import torch
@@ -21,8 +23,7 @@ from optax_rmsprop.identify import identify, record
 class RMSpropTF(torch.optim.Optimizer):
     """timm's, without weight decay."""
 
-    def __init__(self, params, lr, alpha, eps, momentum):  # type: ignore[no-untyped-def]
-        options = {"lr": lr, "alpha": alpha, "eps": eps, "momentum": momentum}
+    def __init__(self, params: Any, **options: float):
         super().__init__(params, options)
 
     @torch.no_grad()
@@ -73,12 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # From here on nothing is known but the recording.
+    print("identify fits every form of RMSprop: some seconds", flush=True)
     found = identify(*recorder.recording)
     print(found)
-    if options.output:
-        found.draw(options.output)
     if found:
         print(f"{found[0].error:.1e}  {found[0].call}")
+    if options.output:
+        found.draw(options.output)
 
 
 if __name__ == "__main__":

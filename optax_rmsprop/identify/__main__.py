@@ -1,11 +1,13 @@
 """Which RMSprop made the numbers of a recorded run? Prints its call.
 
 Exit status: 0 if there is one, 1 if none makes these numbers, 2 if the file or an
-argument is wrong.
+argument is wrong, 130 after Ctrl-C.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 from optax_rmsprop.identify._identify import identified
 from optax_rmsprop.identify._model import Form
 from optax_rmsprop.identify._recording import load
+from optax_rmsprop.identify._rough import Progress
 
 SUFFIXES = ".png", ".pdf", ".svg"
 
@@ -47,7 +50,11 @@ def main(argv: list[str] | None = None) -> int:
         params, grads, rate = load(args.file)
         if args.learning_rate is not None:
             rate = args.learning_rate
-        found = identified(params, grads, rate, _with_bar)
+        with _counter() as counted:
+            found = identified(params, grads, rate, counted)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     print(found)
@@ -59,16 +66,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if found else 1
 
 
-def _with_bar(forms: list[Form]) -> Iterator[Form]:
-    """The forms, with a bar of those that were tried, on a terminal."""
-    width = 40 if sys.stderr.isatty() else 0
-    for i, form in enumerate(forms):
-        if width:
-            done = width * i // len(forms)
-            bar = "#" * done + "-" * (width - done)
-            print(f"\r{bar} {i} of {len(forms)} forms", end="", file=sys.stderr)
-        yield form
-    if width:
+@contextlib.contextmanager
+def _counter() -> Iterator[Progress]:
+    """Counts the fits of all loops, on a terminal, in a line that is cleared again.
+
+    There is no total: how often the forms are fitted depends on the run.
+    """
+    if not sys.stderr.isatty():
+        yield iter
+        return
+    number = itertools.count(1)
+
+    def counted(forms: list[Form]) -> Iterator[Form]:
+        for form in forms:
+            print(f"\rfit {next(number)}", end="", file=sys.stderr, flush=True)
+            yield form
+
+    try:
+        yield counted
+    finally:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 

@@ -85,7 +85,7 @@ def roughly(
         form: _fitted(part, form, _from_grid(part, form)) for form in progress(among)
     }
     best = sorted(found.values(), key=lambda rough: rough.cost)[:STARTS]
-    for form in among:
+    for form in progress(among):
         again = _fitted(part, form, _from_others(best, form))
         found[form] = min(found[form], again, key=lambda rough: rough.cost)
     return sorted(found.values(), key=lambda rough: rough.cost)

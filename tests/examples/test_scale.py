@@ -64,13 +64,13 @@ def preemptible(import_example):
 
 @pytest.fixture
 def train(preemptible, monkeypatch, tmp_path, capsys):
-    """Run to some step, in a folder, and return the last line."""
+    """Run to some step, in a folder, and return the last lines."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # that of pytest stays
 
     def train(folder, steps, save_every=2):
         folder = f"--checkpoints={tmp_path / folder}"
         preemptible.main([folder, f"--save-every={save_every}", f"--steps={steps}"])
-        return capsys.readouterr().out.splitlines()[-1]
+        return capsys.readouterr().out.splitlines()[-2:]
 
     return train
 
@@ -100,9 +100,9 @@ def test_a_run_that_is_stopped_has_a_checkpoint_of_its_last_step(
     stop = threading.Event()
     stop.set()
     monkeypatch.setattr(preemptible, "stop_on_signals", lambda: stop)
-    with pytest.raises(SystemExit, match="stopped after step 1: give the same command"):
+    with pytest.raises(KeyboardInterrupt, match="after step 1: give the same command"):
         train("stopped", 5)
-    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["1"]
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"1", "lock"}
     stop.clear()
     assert train("stopped", 5) == train("whole", 5)
 
@@ -124,17 +124,26 @@ def test_killed_at_random_points_it_ends_with_the_same_bits(tmp_path, train):
         process.send_signal(number)
         _, err = process.communicate()
         firsts.append(int(lines[0].split()[-1]))
+        assert process.returncode == -number
         if number == signal.SIGINT:
-            assert process.returncode == 1
-            assert "give the same command to go on" in err
-        else:
-            assert process.returncode == -signal.SIGKILL
+            assert re.fullmatch(
+                r"preemptible.py: stopped after step \d+: give the same command to go "
+                r"on\n",
+                err,
+            )
     assert 0 == firsts[0] < firsts[1]  # it did go on
-    start_line, *_, last_line = run(*command)
+    start_line, *_, bits, last_line = run(*command)
     assert int(start_line.split()[-1]) > firsts[1]  # the second one went on, too
-    assert re.fullmatch(rf"step {STEPS}: held-out .* parameters \w{{16}}", last_line)
-    assert last_line == train("untouched", STEPS, SAVE_EVERY)
+    assert re.fullmatch(r"hash of .*: \w{16}", bits)
+    assert re.fullmatch(rf"step {STEPS}: held-out accuracy .*%", last_line)
+    assert [bits, last_line] == train("untouched", STEPS, SAVE_EVERY)
     assert not list((tmp_path / "killed").glob("*tmp*"))
+
+
+def test_a_second_process_in_the_folder_is_refused(preemptible, tmp_path):
+    second = pytest.raises(SystemExit, match="another process is at work in ")
+    with preemptible._common.locked(tmp_path), second:
+        preemptible.main([f"--checkpoints={tmp_path}"])
 
 
 def test_each_epoch_has_its_order(preemptible):

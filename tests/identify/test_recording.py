@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import sys
 import zipfile
 
 import jax
@@ -161,6 +162,19 @@ def test_the_command_refuses(tmp_path, capsys):
             main([str(tmp_path / arguments[0]), *arguments[1:]])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_after_ctrl_c_the_command_says_so(tmp_path, capsys, monkeypatch):
+    RUN.save(tmp_path / "run.npz")
+
+    def stopped(params, grads, rate, counted):
+        assert list(counted(["a form"])) == ["a form"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(main.__globals__, "identified", stopped)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main([str(tmp_path / "run.npz")]) == 130
+    assert capsys.readouterr().err == "\rfit 1\r\033[Kstopped\n"
 
 
 def torch_run(torch, make, dtype=None, steps=30, **recording):
