@@ -339,7 +339,9 @@ def draw(report, path):
         columns = [(name, part) for name in report["options"] for part in parts]
         for axes, (optimizer, part) in zip(panels, columns, strict=True):
             for way, look in looks.items():
-                row = report["rows"][f"{task} | {optimizer} | {way}"]
+                row = report["rows"].get(f"{task} | {optimizer} | {way}")
+                if row is None:  # left out of a quick run
+                    continue
                 curves = np.array(row["curves"][part])
                 steps = np.arange(1, curves.shape[1] + 1) * about["steps"]
                 steps = steps / curves.shape[1]
@@ -390,8 +392,8 @@ def main():
     args = parser.parse_args()
     if args.quick and (args.output == results or args.figure == figure):
         parser.error("--quick needs --output and --figure: it is no record")
-    are_all = set(args.ways) == set(WAYS)
-    kept = {} if are_all else json.loads(args.output.read_text())["rows"]
+    reads_none = args.quick or set(args.ways) == set(WAYS)
+    kept = {} if reads_none else json.loads(args.output.read_text())["rows"]
     points, seeds = (2, 2) if args.quick else (POINTS, SEEDS)
     report = {
         "python": platform.python_version(),
@@ -417,6 +419,8 @@ def main():
                 title = f"{name} | {optimizer} | {way}"
                 if way in args.ways:
                     row = measure(task, optimizer, stored, steps, points, seeds)
+                elif args.quick:
+                    continue
                 else:
                     row = kept[title]
                 reference = reference or row

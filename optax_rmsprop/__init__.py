@@ -10,7 +10,7 @@ The optimizer and its parts, which are optax transformations:
     add_decayed_weights         weight decay (optax's own)
     scaled_to_batch             settings of a run for batches of another size
 
-For any optax transformation, in the folder wrappers:
+For optax transformations, also those of others, in the folder wrappers:
 
     compress_state              a state of one or two bytes per number, CompressedState
     decompress_state            the state itself again

@@ -2,8 +2,8 @@
 const textOf = Search.htmlToText;
 Search.htmlToText = (html, anchor) => {
   const page = new DOMParser().parseFromString(html, "text/html");
-  const article = page.querySelector("article").outerHTML;
-  return textOf(`<div role="main">${article}</div>`, anchor);
+  const article = page.querySelector("article");
+  return textOf(article ? `<div role="main">${article.outerHTML}</div>` : html, anchor);
 };
 
 // A table that is wider than the text may reach into the margin. The theme folds

@@ -129,5 +129,5 @@ def sources(language):
         [f"`{name}`", words.of(purpose), cited(SOURCES[name], words)]
         for name, purpose in PURPOSES.items()
     ]
-    header = ["设置", "用于", "来源"] if words.chinese else ["setting", "of", "source"]
+    header = ["设置", "用于", "来源"] if words.chinese else ["setting", "for", "source"]
     return rows_of(header, rows)

@@ -48,11 +48,13 @@ def forms(run: Run, from_start: bool) -> Iterator[Form]:
     both = (False, True)
     varies = both if not run.constant_rate else (False,)
     corrects = both if from_start else (False,)
-    # The first step has no momentum. But a long one may make the parameters so large
-    # that weight decay decides the sign of all others.
+    # The first step that moves has no momentum, if the run is recorded from its start.
+    # But it may make the parameters so large that weight decay decides all later signs.
     follows = np.sign(run.moved) * np.sign(run.grads)
-    shares = np.mean(follows[np.argmax(~run.skipped)]), np.mean(follows)
-    ascends = both if min(np.abs(shares)) < UNCLEAR else sorted({x > 0 for x in shares})
+    first = follows[np.argmax(np.any(run.moved, axis=1))]
+    shares = float(np.mean(first)), float(np.mean(follows))
+    unclear = min(map(abs, shares)) < UNCLEAR
+    ascends = both if unclear else sorted({share > 0 for share in shares})
     for switches in itertools.product(
         both, both, corrects, ascends, (False,), both, varies, varies
     ):

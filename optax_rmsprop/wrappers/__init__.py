@@ -1,4 +1,4 @@
-"""Functions for the state of any optax transformation, not only of ours.
+"""Functions for the state of optax transformations, not only of ours.
 
 `compress_state` wraps a transformation and stores the arrays of its state that have the
 shape of a parameter in one or two bytes per number (`_small_state.py`); the 8-bit codes

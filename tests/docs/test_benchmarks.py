@@ -23,10 +23,11 @@ def test_training_with_small_states(tmp_path):
     pytest.importorskip("sklearn")
     output, figure = tmp_path / "losses.json", tmp_path / "losses.png"
     files = ("--output", output, "--figure", figure)
-    only = ("--tasks", "probe", "--options", "plain")
+    ways = ["float32", "uint8 state", "bfloat16 parameters and int8"]
+    only = ("--tasks", "probe", "--options", "plain", "--ways", *ways)
     printed = run("small_state.py", "--quick", *only, *files)
     rows = json.loads(output.read_text())["rows"]
-    assert len(rows) == 7
+    assert len(rows) == len(ways)
     assert "probe | plain | uint8 state | " in printed
     assert figure.read_bytes().startswith(b"\x89PNG")
 

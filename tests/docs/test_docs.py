@@ -7,6 +7,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import optax_rmsprop
@@ -55,6 +56,23 @@ SLOW = {
 }
 
 
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+
+
+def with_output(page):
+    """The blocks of Python, each with the block of text behind it, or ""."""
+    block = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?"
+    return re.findall(block, page.read_text(), re.M | re.S)
+
+
+def assert_printed(actual, expected):
+    """The same words; the last digits of numbers may differ between machines."""
+    words = [NUMBER.sub("#", text).split() for text in (actual, expected)]
+    assert words[0] == words[1]
+    numbers = [list(map(float, NUMBER.findall(text))) for text in (actual, expected)]
+    np.testing.assert_allclose(*numbers, rtol=0.05, atol=1e-3)
+
+
 def with_blocks():
     for page in ENGLISH:
         marks = [pytest.mark.slow] * (page.stem in SLOW)
@@ -64,15 +82,18 @@ def with_blocks():
 
 @pytest.mark.usefixtures("standard_promotion")  # as users have it
 @pytest.mark.parametrize("page", list(with_blocks()))
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
     # Some write files, and some read records.
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     monkeypatch.chdir(tmp_path)
-    for code in blocks(page, "python"):
+    for code, printed in with_output(page):
         skip_without_torch(code)
         if "pinned_host" in code:
             skip_without_pinned_host()
         exec(compile(code, str(page), "exec"), {})
+        output = capsys.readouterr().out
+        if printed:
+            assert_printed(output, printed)
 
 
 def test_the_readme_has_a_python_block():

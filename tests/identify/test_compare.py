@@ -28,21 +28,17 @@ def test_the_same_numbers():
     assert "The same numbers" in str(same)
 
 
-CAUSE = (
-    "the learning rate inside the momentum buffer, but the recording has the learning "
-    "rate outside the momentum buffer"
-)
+CAUSE = "decay 0.99, but the recording has 0.9"
 
 
 @pytest.mark.slow
 def test_a_single_cause():
-    tx = rmsprop(rate, 0.9, 1e-2, momentum=0.9, lr_in_momentum=True)
+    tx = rmsprop(rate, 0.99, 1e-2, momentum=0.9)
     other = compare(tx, {"w": TORCH}, {"w": G}, RATES)
     assert not other.same
     assert other.causes == (CAUSE,)
     assert other.leaf == "['w']"
-    # Under a rate that changes, the order of rate and momentum shows a step later.
-    assert other.step == 1
+    assert other.step == 0
     assert other.found[0].call.startswith("dialects.torch(learning_rate, alpha=0.9")
     assert CAUSE in str(other)
 
@@ -51,6 +47,7 @@ def test_a_single_cause():
 def test_several_causes():
     other = compare(dialects.keras(rate, 0.9, 0.9, 1e-2), TORCH, G, RATES)
     assert len(other.causes) == 2
+    assert any("inside the momentum buffer, but" in cause for cause in other.causes)
     assert other.by_step.shape == (len(G),)
     assert other.by_step[0] > 1e-2
 

@@ -67,7 +67,7 @@ def names(found):
 
 def cases():
     """A recorded run of some dialects; `benchmarks/identify.py` has all runs."""
-    for name in ("timm", "tensorflow", "graves2013", "dqn2015"):
+    for name in ("timm", "dqn2015"):
         file = RECORDED / f"{name}.json"
         recorded = json.loads(file.read_text())["results"] if file.exists() else []
         result = recorded[-1] if recorded else {"case": {}, "params": None}
@@ -156,6 +156,7 @@ def test_settings_are_found(options):
     assert_found(found, options)
     # The call is short: its decimals are those that were given.
     assert len(found[0].call) < 140, found[0].call
+    assert ("maximize=True" in found[0].call) == ("maximize" in options)
 
 
 def test_a_first_step_that_is_1000_times_the_others_tells_eps():
@@ -284,6 +285,10 @@ def test_an_array_with_settings_of_its_own_is_not_passed_over():
     assert not found
     assert "in ['bias']" in str(found)
     assert "settings of its own" in str(found)
+    frozen = params | {"bias": np.ones((STEPS + 1, 2), np.float32)}
+    found = identify(frozen, {"kernel": g, "bias": small}, 1e-2)
+    assert not found
+    assert "in ['bias']" in str(found)
 
 
 @pytest.mark.slow

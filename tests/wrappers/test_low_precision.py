@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import WRAPPERS, make_mesh, slow_but, stepper
+from helpers import WRAPPERS, make_mesh, slow_but
 from optax_rmsprop import (
     CompressedState,
     compress_state,
@@ -77,15 +77,10 @@ def halves(params):
     return jax.tree.map(lambda p: "a" if p.ndim > 1 else "b", params)
 
 
-def matrices(params):
-    return jax.tree.map(lambda p: p.ndim > 1, params)
-
-
 R = functools.partial(rmsprop, 0.01, 0.9)
 # In `tests/core/test_wrapped.py` further wrappers are around `compress_state`.
 TRANSFORMS = {
     "plain": R(),
-    "centered": R(eps=1e-2, centered=True),
     "everything": R(
         eps=1e-2,
         centered=True,
@@ -100,7 +95,6 @@ TRANSFORMS = {
         name: WRAPPERS[name](functools.partial(R, momentum=0.9))
         for name in ("inject_hyperparams", "apply_if_finite")
     },
-    "half masked": optax.masked(R(momentum=0.9), matrices),
     "two groups": optax.partition({"a": R(), "b": optax.sgd(0.1)}, halves),
     "optax.adamw": optax.adamw(0.01, b2=0.99),
     "three steps": optax.MultiSteps(R(), 3).gradient_transformation(),
@@ -415,29 +409,6 @@ def on_eight(dtype):
     return mesh, NamedSharding(mesh, ROWS), tx, params, params[None] + noise
 
 
-@pytest.mark.slow
-def test_on_eight_devices_as_on_one():
-    mesh, by_rows, tx, params, gradients = on_eight("uint8")
-    step = jax.jit(stepper(tx))
-    alone = params, tx.init(params)
-    for g in gradients:
-        alone = step(*alone, g)
-    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh:
-        shards = jax.device_put(params, by_rows)
-        parts = shards, jax.jit(tx.init)(shards)
-        if not hasattr(jax, "set_mesh"):  # init does not read its argument
-            replicated = NamedSharding(mesh, P())
-            where = jax.tree.map(
-                lambda x: by_rows if x.ndim == 2 else replicated, parts[1]
-            )
-            parts = shards, jax.device_put(parts[1], where)
-        for g in gradients:
-            parts = step(*parts, jax.device_put(g, by_rows))
-    codes = kept(parts[1])[0]
-    assert codes.addressable_shards[0].data.shape == (8, 80)
-    np.testing.assert_array_equal(alone[0], parts[0])
-
-
 @in_codes_first
 def test_within_shard_map_every_shard_has_the_formats_of_its_rows(dtype):
     mesh, by_rows, tx, params, gradients = on_eight(dtype)
@@ -696,37 +667,6 @@ def test_leaves_are_rounded_independently_and_old_keys_work():
     updates = [jnp.full(1000, 2e-3)] * 2
     new = stochastic_apply_updates(params, updates, jax.random.PRNGKey(0))
     assert 0.1 < (new[0] != new[1]).mean() < 0.9
-
-
-@pytest.mark.slow
-def test_training_in_bfloat16_arrives_where_float32_does():
-    target = jnp.linspace(0.5, 2, 4096)
-    # Each step is shorter than half the distance of bfloat16's neighbours, 0.004.
-    tx = compress_state(rmsprop(optax.cosine_decay_schedule(1e-3, 3000)), "bfloat16")
-
-    def distance(params, apply):
-        def step(carry, key):
-            params, state = carry
-            noise = jax.random.normal(jax.random.fold_in(key, 1), (4096,))
-            grads = params.astype(jnp.float32) - target + 0.3 * noise
-            updates, state = tx.update(grads.astype(params.dtype), state, params)
-            return (apply(params, updates, key), state), None
-
-        keys = jax.random.split(jax.random.key(0), 3000)
-        run = jax.jit(lambda carry: jax.lax.scan(step, carry, keys)[0])
-        params, _ = run((params, tx.init(params)))
-        return float(jnp.abs(params.astype(jnp.float32) - target).mean())
-
-    def nearest(params, updates, key):
-        return optax.apply_updates(params, updates)
-
-    ones = jnp.ones(4096)
-    with jax.numpy_dtype_promotion("standard"):  # for the schedule of optax
-        exact = distance(ones, nearest)
-        sticks = distance(ones.astype(jnp.bfloat16), nearest)
-        ours = distance(ones.astype(jnp.bfloat16), stochastic_apply_updates)
-    assert exact < ours < 0.04  # observed: 0.009 and 0.024
-    assert sticks > 0.3  # observed: 0.337
 
 
 BAD_APPLICATIONS = [
