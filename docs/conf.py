@@ -202,7 +202,10 @@ def speak_chinese(app, pagename, templatename, context, doctree):
     """
     if not pagename.startswith("zh/"):
         return
-    say = lambda text: CHINESE.get(text, text)  # noqa: E731
+
+    def say(text):
+        return CHINESE.get(text, text)
+
     context |= {"language": "zh-CN", "gettext": say, "translate": say}
     context["theme_search_bar_text"] = say("Search")
     permalink = "Link to this heading"
