@@ -1,4 +1,4 @@
-"""Draw explorer.png: what the explorer shows of one setting.
+"""Draw explorer.png: what the explorer begins with.
 
     python docs/figures/explorer.py
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 HERE = Path(__file__)
-SETTING = "#eps=0.5&decay=0.9&momentum=0.5&steps=100"
 
 
 def main():
@@ -24,7 +23,7 @@ def main():
         page = chromium.new_page(viewport={"width": 1280, "height": 800})
         address = "http://explorer.invalid/"
         page.route(address, lambda route: route.fulfill(body=explorer["page"]()))
-        page.goto(address + SETTING)
+        page.goto(address)
         page.screenshot(path=HERE.with_suffix(".png"))
         chromium.close()
 

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,18 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
         output = capsys.readouterr().out
         if printed:
             assert_printed(output, printed)
+
+
+def test_the_readme_on_a_package_index():
+    """There it stands without the repository: it has no relative link, nor a clone."""
+    hooks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]
+    text = (ROOT / "README.md").read_text()
+    for rule in hooks["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        changed = re.sub(rule["pattern"], rule["replacement"], text)
+        assert changed != text, rule
+        text = changed
+    assert not re.findall(r"\]\((?!https?:)", text)
+    assert "`pip install optax_rmsprop`" in text
 
 
 def test_the_readme_has_a_python_block():
@@ -203,3 +216,5 @@ def test_the_changelog_knows_this_version():
     assert versions == ["Unreleased"] * ("Unreleased" in versions) + released
     assert released[:1] in ([optax_rmsprop.__version__], [])
     assert released or optax_rmsprop.__version__ == "0.1.0"  # which is not released yet
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {optax_rmsprop.__version__}\n" in citation
