@@ -105,8 +105,9 @@ const PRESETS = {
   },
 };
 
+const PLAIN = { ...DEFAULTS, ...SCENE };
 // Where the page begins, and what an empty address stands for.
-const START = { ...DEFAULTS, ...SCENE, ...PRESETS.apart };
+const START = { ...PLAIN, ...PRESETS.apart };
 
 function toPosition(name, value) {
   const { scale, low, high, zero } = SLIDERS[name];
@@ -165,8 +166,7 @@ function pythonCall(s) {
 }
 
 function toHash(s) {
-  const all = { ...DEFAULTS, ...SCENE };
-  const given = Object.keys(all).filter((name) => s[name] !== all[name]);
+  const given = Object.keys(PLAIN).filter((name) => s[name] !== PLAIN[name]);
   if (!given.length) given.push("learning_rate"); // an empty address is START
   const text = (x) => (typeof x === "number" ? plain(x) : x);
   return given.map((name) => `${name}=${text(s[name])}`).join("&");
@@ -192,7 +192,7 @@ function valueOf(name, text) {
 // What is not understood, or not allowed, stays at its default and is named.
 function fromHash(hash) {
   const parts = hash.replace(/^#/, "").split("&").filter(Boolean);
-  const settings = parts.length ? { ...DEFAULTS, ...SCENE } : { ...START };
+  const settings = { ...(parts.length ? PLAIN : START) };
   const ignored = new Set();
   for (const part of parts) {
     const [name, text = ""] = part.split("=").map(decoded);

@@ -235,7 +235,7 @@ function sayIgnored() {
 function choosePreset(name) {
   if (name === "own") return showSettings();
   const { surface, steps } = page.settings;
-  const settings = { ...DEFAULTS, ...SCENE, surface, steps, ...PRESETS[name] };
+  const settings = { ...PLAIN, surface, steps, ...PRESETS[name] };
   return begin({ settings });
 }
 
@@ -704,7 +704,9 @@ function start() {
   });
   // A touch moves a slider at once; if it then scrolls the page, it changes nothing.
   let before = null;
-  window.addEventListener("pointerdown", () => (before = { ...page }));
+  window.addEventListener("pointerdown", ({ isPrimary }) => {
+    if (isPrimary) before = { ...page }; // not what a second finger finds
+  });
   window.addEventListener("pointercancel", ({ target }) => {
     if (target.type !== "range") return;
     change(before.settings);

@@ -25,44 +25,44 @@ import optax
 from generated import digits, number, rows_of, table
 from optax_rmsprop import dialects
 from settings import DOCS, recorded
+from sources import linked
 
 STEPS = 1000
 SCALES = np.geomspace(1e-6, 1, 61)
 NOISE = np.random.default_rng(0).normal(size=(STEPS, SCALES.size))
 
-GITHUB = "https://github.com"
 # The file of a program, and that of its original.
 SOURCES = {
     "a2c": (
         "A2C, unstable-baselines",
-        "mmcaulif/unstable-baselines/blob/main/Algorithms/A2C.py",
+        "mmcaulif/unstable-baselines/Algorithms/A2C.py",
         "Stable-Baselines3",
-        "DLR-RM/stable-baselines3/blob/master/stable_baselines3/a2c/a2c.py",
+        "DLR-RM/stable-baselines3/stable_baselines3/a2c/a2c.py",
     ),
     "dqn": (
         "DQN, HELX",
-        "epignatelli/helx/blob/main/examples/dqn_bsuite_catch.py",
+        "epignatelli/helx/examples/dqn_bsuite_catch.py",
         "DQN in Nature",
-        "kuz/DeepMind-Atari-Deep-Q-Learner/blob/master/dqn/NeuralQLearner.lua",
+        "kuz/DeepMind-Atari-Deep-Q-Learner/dqn/NeuralQLearner.lua",
     ),
     "impala": (
         "IMPALA, minimal-rl-nnx",
-        "jinPrelude/minimal-rl-nnx/blob/main/impala.py",
+        "jinPrelude/minimal-rl-nnx/impala.py",
         "TorchBeast",
-        "facebookresearch/torchbeast/blob/main/torchbeast/monobeast.py",
+        "facebookresearch/torchbeast/torchbeast/monobeast.py",
     ),
     "wgan": (
         "WGAN, wgan_in_jax",
-        "arthurPignet/wgan_in_jax/blob/main/src/wgan.py",
+        "arthurPignet/wgan_in_jax/src/wgan.py",
         "WassersteinGAN",
-        "martinarjovsky/WassersteinGAN/blob/master/main.py",
+        "martinarjovsky/WassersteinGAN/main.py",
     ),
     "efficientnet": (
         "EfficientNet-Lite, HeterogeneousQuantization",
-        "Intelligent-Microsystems-Lab/HeterogeneousQuantization/blob/"
+        "https://github.com/Intelligent-Microsystems-Lab/HeterogeneousQuantization/blob/"
         "df7b98b0a232bcd3b2737d02f14a264e1953424e/examples/train_utils.py",
         "EfficientNet",
-        "tensorflow/tpu/blob/master/models/official/efficientnet/utils.py",
+        "tensorflow/tpu/models/official/efficientnet/utils.py",
     ),
 }
 
@@ -124,7 +124,7 @@ def ports(language):
         both = zip(parts(theirs), parts(its), strict=True)
         differing = zip(*((a, b) for a, b in both if a != b), strict=True)
         as_it_is, in_original = map(", ".join, differing)
-        links = f"[{program}]({GITHUB}/{file})", f"[{source}]({GITHUB}/{source_file})"
+        links = linked(program, file), linked(source, source_file)
         numbers = as_it_is, in_original, f"{digits(100 * apart)} %"
         rows.append([*links, *numbers])
     header = "program", "its original", "as it is", "the original's", "difference"

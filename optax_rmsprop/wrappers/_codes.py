@@ -230,18 +230,20 @@ def encode(
     find = functools.partial(jax.lax.platform_dependent, codes)
     highest, lowest = find(
         cpu=functools.partial(_extremes_on_cpu, rows),
-        tpu=functools.partial(_extremes_of_floats, rows),
+        tpu=functools.partial(_extremes_on_tpu, rows),
         default=functools.partial(_extremes_in_one_reduction, rows),
     )
     return codes, lowest, highest
 
 
-def _extremes(rows: Shape, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _extremes(
+    rows: Shape, codes: jax.Array, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
     """Return the largest code of each row but NAN, and the smallest but ZERO.
 
-    If there is no other, they are -1 and 256.
+    If there is no other, they are -1 and 256. They are found in this dtype.
     """
-    highest, lowest = (_rotated(codes, by) for by in (1, -1))
+    highest, lowest = (_rotated(codes, by).astype(dtype) for by in (1, -1))
     return _in_rows(jnp.max, rows, highest) - 1, _in_rows(jnp.min, rows, lowest) + 1
 
 
@@ -250,7 +252,7 @@ def _extremes_on_cpu(rows: Shape, codes: jax.Array) -> tuple[jax.Array, jax.Arra
     highest, lowest = (_in_rows(f, rows, codes) for f in (jnp.max, jnp.min))
     hidden = jnp.any(highest == NAN) | jnp.any(lowest == ZERO)
     return jax.lax.cond(
-        hidden, lambda: _extremes(rows, codes), lambda: (highest, lowest)
+        hidden, lambda: _extremes(rows, codes, jnp.uint8), lambda: (highest, lowest)
     )
 
 
@@ -263,10 +265,9 @@ def _rotated(codes: jax.Array, by: int) -> jax.Array:
     return (codes.astype(jnp.int32) + by).astype(jnp.uint8)
 
 
-def _extremes_of_floats(rows: Shape, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _extremes_on_tpu(rows: Shape, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A TPU finds these while it writes the codes. A CPU would take 5 times as long."""
-    highest, lowest = (_rotated(codes, by).astype(jnp.float32) for by in (1, -1))
-    return _in_rows(jnp.max, rows, highest) - 1, _in_rows(jnp.min, rows, lowest) + 1
+    return _extremes(rows, codes, jnp.float32)
 
 
 def _extremes_in_one_reduction(

@@ -413,7 +413,7 @@ def test_numbers_beyond_the_range_have_the_last_codes(levels):
     "extremes",
     [
         _codes._extremes_on_cpu,
-        _codes._extremes_of_floats,
+        _codes._extremes_on_tpu,
         _codes._extremes_in_one_reduction,
     ],
 )
