@@ -75,6 +75,21 @@ def targets_of(values: jax.Array, fell: jax.Array, ended: jax.Array) -> jax.Arra
     return jnp.stack(targets[:-1])
 
 
+@partial(jax.jit, static_argnums=0)
+def start(windows: int) -> tuple[dict, Arrays, jax.Array]:
+    """Parameters, environments, and keys of the updates, for each seed."""
+
+    def of_seed(key: jax.Array) -> tuple:
+        of_agent, of_poles, key = jax.random.split(key, 3)
+        poles = jax.vmap(begin)(jax.random.split(of_poles, ENVIRONMENTS))
+        params, ages = Agent().init(of_agent, poles), jnp.zeros(ENVIRONMENTS, jnp.int32)
+        return params, (poles, ages), jax.random.split(key, (windows, WINDOW))
+
+    # Not vmap: on two cores, jaxlib 0.10 may wait for ever for two batches of QR
+    # factorizations, which `orthogonal` would need.
+    return jax.lax.map(of_seed, jax.random.split(jax.random.key(0), SEEDS))
+
+
 def train(name: str, windows: int) -> np.ndarray:
     """Mean return of the episodes of a window, by window and seed."""
     rate = optax.linear_schedule(7e-4, 0.0, windows * WINDOW)
@@ -107,18 +122,12 @@ def train(name: str, windows: int) -> np.ndarray:
         returns = jnp.where(ended, ages, 0).sum(), ended.sum()
         return (params, opt_state, environments), returns
 
-    def first(key: jax.Array) -> tuple[tuple, jax.Array]:
-        of_agent, of_poles, key = jax.random.split(key, 3)
-        poles = jax.vmap(begin)(jax.random.split(of_poles, ENVIRONMENTS))
-        params, ages = agent.init(of_agent, poles), jnp.zeros(ENVIRONMENTS, jnp.int32)
-        run = params, tx.init(params), (poles, ages)
-        return run, jax.random.split(key, (windows, WINDOW))
-
     def play_window(run: tuple, keys: jax.Array) -> tuple[tuple, jax.Array]:
         run, (returns, episodes) = jax.lax.scan(update, run, keys)
         return run, returns.sum() / episodes.sum()
 
-    runs, keys = jax.jit(jax.vmap(first))(jax.random.split(jax.random.key(0), SEEDS))
+    params, environments, keys = start(windows)
+    runs = params, jax.vmap(tx.init)(params), environments
     history, play_all = [], jax.jit(jax.vmap(play_window))
     for number in _common.shown(range(windows), f"{name}: window"):
         runs, returns = play_all(runs, keys[:, number])

@@ -63,6 +63,11 @@ def measure(
     )
 
 
+@jax.jit
+def first_params(images: jax.Array) -> dict:
+    return Network().init(jax.random.key(0), images)["params"]
+
+
 def train(name: str, rmsprop: optax.GradientTransformation, epochs: int) -> Arrays:
     """Losses, quantiles of step sizes, and accuracies of raw and averaged weights."""
     (images, labels), held_out = (_common.split_digits()[k::2] for k in (0, 1))
@@ -81,7 +86,7 @@ def train(name: str, rmsprop: optax.GradientTransformation, epochs: int) -> Arra
         numbers = loss, jnp.quantile(sizes, jnp.array([0.05, 0.5, 0.95]))
         return (params, averaged, state), numbers
 
-    params = jax.jit(Network().init)(jax.random.key(0), images[:1])["params"]
+    params = first_params(images[:1])
     run, evaluate = (params, params, jax.jit(tx.init)(params)), jax.jit(measure)
     rng, steps, accuracies = np.random.default_rng(0), [], []
     for _ in range(epochs):
