@@ -4,12 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_identify import gradients, recording, varying
+from test_identify import by_reference, recording, varying
 
 from optax_rmsprop import dialects, rmsprop
 from optax_rmsprop.identify import compare
 
-G = gradients()
 RATES = varying()
 TABLE = jnp.asarray(RATES)
 
@@ -18,7 +17,7 @@ def rate(step):
     return TABLE[step]
 
 
-TORCH = recording(rmsprop(rate, 0.9, 1e-2, momentum=0.9), G)
+TORCH, G = by_reference(RATES, decay=0.9, eps=1e-2, momentum=0.9)
 
 
 def test_the_same_numbers():
@@ -55,9 +54,10 @@ def test_several_causes():
 @pytest.mark.slow
 def test_a_part_that_one_leaf_does_not_get():
     """A mask that leaves one leaf out shows in this leaf, at the first step."""
-    tx = optax.masked(rmsprop(rate, 0.9, 1e-2, momentum=0.9), {"a": True, "b": False})
-    params, grads = ({"a": x[:, :24], "b": x[:, 24:]} for x in (TORCH, G))
-    other = compare(tx, params, grads, RATES)
+    tx = optax.masked(rmsprop(1e-2, 0.9, 1e-2), {"a": True, "b": False})
+    params, g = by_reference(0 * RATES + 1e-2, decay=0.9, eps=1e-2)
+    params, grads = ({"a": x[:, :24], "b": x[:, 24:]} for x in (params, g))
+    other = compare(tx, params, grads, 1e-2)
     assert not other.same
     assert (other.step, other.leaf) == (0, "['b']")
 
@@ -78,8 +78,7 @@ def test_a_run_in_float64_is_judged_by_the_rounding_of_the_optimizer():
 
 @pytest.mark.slow
 def test_a_recording_of_another_optimizer():
-    g = G
-    other = compare(rmsprop(1e-2), recording(optax.adam(1e-2), g), g, 1e-2)
+    other = compare(rmsprop(1e-2), recording(optax.adam(1e-2), G), G, 1e-2)
     assert not other.same
     assert other.causes == ()
     assert not other.found
