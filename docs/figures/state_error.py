@@ -77,7 +77,7 @@ def to_nearest(nu, _):
 
 def by_new_numbers(nu, key):
     """bfloat16, rounded at random independently of the steps before."""
-    (axis_bits,) = random_axis_bits(key, [nu.shape])
+    (axis_bits,) = random_axis_bits(key, (nu.shape,))
     return stochastic_round(nu, jnp.bfloat16, axis_bits).astype(jnp.float32)
 
 

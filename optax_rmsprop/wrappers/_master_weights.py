@@ -179,8 +179,8 @@ def master_weights(
         columns = map(structure.flatten_up_to, (params, masters, state.corrections))
         count = optax.safe_increment(state.count)
         is_cut = _cut_bits(dtype) > 0
-        shapes = [np.shape(u) if is_cut and u is not None else (0,) for u in leaves]
-        axis_bits = axis_bits_of_step(seed ^ ROOT_OF_2, count, shapes)
+        rounded = [np.shape(u) if is_cut and u is not None else (0,) for u in leaves]
+        axis_bits = axis_bits_of_step(seed ^ ROOT_OF_2, count, tuple(rounded))
         pairs = list(map(_step, leaves, *columns, axis_bits))
         updates = structure.unflatten(update for update, _ in pairs)
         corrections = structure.unflatten(correction for _, correction in pairs)

@@ -65,9 +65,10 @@ def from_bits(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnames="shapes", inline=True)
 def random_axis_bits(
     key: jax.Array,
-    shapes: Sequence[tuple[int, ...]],
+    shapes: tuple[tuple[int, ...], ...],
     step: jax.Array | None = None,
 ) -> list[list[jax.Array]]:
     """Draw random uint32 numbers for the rows, columns and further axes of arrays.
@@ -95,8 +96,9 @@ def random_axis_bits(
     ]
 
 
+@functools.partial(jax.jit, static_argnames=("number", "shapes"), inline=True)
 def axis_bits_of_step(
-    number: int, count: jax.Array, shapes: Sequence[tuple[int, ...]]
+    number: int, count: jax.Array, shapes: tuple[tuple[int, ...], ...]
 ) -> list[list[jax.Array]]:
     """Return `random_axis_bits` for a step, from a number and a count of updates.
 
@@ -237,7 +239,7 @@ def stochastic_apply_updates(
     _errors.same_tree("updates", updates, "`params`", params)
     structure: Any
     leaves, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
-    shapes = [(0,) if u is None else np.shape(u) for u in leaves]
+    shapes = tuple((0,) if u is None else np.shape(u) for u in leaves)
 
     def leaf(p: Any, u: Any, axis_bits: list[jax.Array]) -> Any:
         if u is None:

@@ -112,9 +112,9 @@ def test_a_dialect_is_read_with_its_own_numbers():
 def test_a_compressed_state_is_read_as_it_is_kept(dtype):
     params = jnp.ones((64, 64))
     tx = compress_state(rmsprop(eps=1e-3), dtype)
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(30):
-        _, state = tx.update(params, state)
+        _, state = update(params, state)
     step_size = diagnose(state, 1.0, 1e-3).step_size
     exact = 1 / (np.sqrt(1 - 0.99**30) + 1e-3)
     assert 0.001 < np.std(step_size) / exact < 0.1  # of levels

@@ -37,7 +37,7 @@ MANY = 40_000
 @jax.jit
 def encoded(x, to, seed):
     """Codes of one array, their format, and that for the next numbers."""
-    (axis_bits,) = random_axis_bits(jax.random.key(seed), [x.shape])
+    (axis_bits,) = random_axis_bits(jax.random.key(seed), (x.shape,))
     codes, *extremes = encode(x, to, axis_bits)
     return codes, to, next_format(to, *extremes)
 
@@ -139,7 +139,7 @@ def format_of(levels, lowest, rows=1):
 def test_the_worked_examples_of_the_module():
     format = format_of(4, 0)
     levels = decode(jnp.arange(1, 10, dtype=jnp.uint8)[None], format, np.float32)
-    (axis_bits,) = random_axis_bits(jax.random.key(0), [(1, MANY)])
+    (axis_bits,) = random_axis_bits(jax.random.key(0), ((1, MANY),))
     codes, *_ = encode(jnp.full((1, MANY), 2.125), format, axis_bits)
     np.testing.assert_array_equal(levels[0], [1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4])
     values, counts = np.unique(codes, return_counts=True)
@@ -326,7 +326,7 @@ def test_codes_decode_to_the_dtype_of_the_array_and_stay_finite(dtype):
 def test_random_bits_are_uniform_and_differ_from_step_to_step():
     shape = (100, 100)
     keys = map(jax.random.key, range(20))
-    axis_bits = [random_axis_bits(key, [shape])[0] for key in keys]
+    axis_bits = [random_axis_bits(key, (shape,))[0] for key in keys]
     bits = np.stack([random_bits(shape, 15, numbers) for numbers in axis_bits])
     uniform = (bits + 0.5) / 2**15
     assert abs(uniform.mean() - 0.5) < 5 * np.sqrt(1 / 12 / bits.size)
@@ -399,7 +399,7 @@ def test_a_nan_from_the_first_number_on_leaves_its_row_alone(zeros_before):
 @pytest.mark.parametrize("levels", [UNKNOWN, SIGNED, FEWEST, MOST])
 def test_numbers_beyond_the_range_have_the_last_codes(levels):
     x = jnp.asarray([[3e38, -3e38, 0.0, -0.0]])
-    (axis_bits,) = random_axis_bits(jax.random.key(0), [x.shape])
+    (axis_bits,) = random_axis_bits(jax.random.key(0), (x.shape,))
     codes, lowest, highest = encode(x, format_of(levels, -62 * 2), axis_bits)
     if levels < FEWEST:
         np.testing.assert_array_equal(codes, [[LAST, FIRST, CENTER, CENTER]])
@@ -451,7 +451,7 @@ def test_minus_zero_is_no_negative_number():
 def test_random_bits_differ_by_key_and_by_array(shape):
     runs = []
     for seed in range(4):
-        for axis_bits in random_axis_bits(jax.random.key(seed), [shape, shape]):
+        for axis_bits in random_axis_bits(jax.random.key(seed), (shape, shape)):
             bits = np.asarray(random_bits(shape, 15, axis_bits)).ravel()
             runs.append((bits + 0.5) / 2**15 - 0.5)
     limit = 6 / np.sqrt(runs[0].size)

@@ -378,7 +378,9 @@ def test_a_state_restored_as_lists_or_dicts_goes_on():
         chex.assert_trees_all_equal(tx.update(params, restored), expected)
 
 
-@pytest.mark.parametrize(("decay", "limit"), [(0.5, 0.06), (0.9, 0.03)])
+@pytest.mark.parametrize(
+    ("decay", "limit"), [pytest.param(0.5, 0.06, marks=pytest.mark.slow), (0.9, 0.03)]
+)
 def test_spread_random_bits_are_nearly_right_in_the_mean(decay, limit):
     """If the golden ratio were added in all rows, the errors would be 0.09 and 0.06."""
     tx = compress_state(optax.ema(decay, debias=False), "bfloat16")
