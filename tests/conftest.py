@@ -1,8 +1,13 @@
 import collections
 import gc
+import os
 
 import jax
 import pytest
+
+# A worker runs on each core, and inherits this. With more threads, matrix products of
+# NumPy and torch spin while they wait, a third of the processor time of identify.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -250,7 +250,7 @@ def _extremes(
 def _extremes_on_cpu(rows: Shape, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A CPU vectorizes the reductions only if they read the codes as they are."""
     highest, lowest = (_in_rows(f, rows, codes) for f in (jnp.max, jnp.min))
-    hidden = jnp.any(highest == NAN) | jnp.any(lowest == ZERO)
+    hidden = jnp.any((highest == NAN) | (lowest == ZERO))
     return jax.lax.cond(
         hidden, lambda: _extremes(rows, codes, jnp.uint8), lambda: (highest, lowest)
     )
