@@ -226,9 +226,9 @@ def test_what_branches_is_wrapped_inside(name):
     assert loops_of(outside) == loops_of(compiled(plain, params, gradients[0]))
 
 
-@pytest.mark.parametrize(("dtype", "momentum"), [(jnp.bfloat16, 0.9), (jnp.uint8, 0)])
-def test_small_states(dtype, momentum):
-    tx = compress_state(rmsprop(1e-2, momentum=momentum), dtype)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
+def test_small_states(dtype):
+    tx = compress_state(rmsprop(1e-2, momentum=0.9), dtype)
     params, gradients = trees()
     ours = last(single_pass(tx), params, gradients)
     assert_same_bits(ours, last(tx, params, gradients))
