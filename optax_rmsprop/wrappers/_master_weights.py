@@ -180,7 +180,8 @@ def master_weights(
         count = optax.safe_increment(state.count)
         is_cut = _cut_bits(dtype) > 0
         rounded = [np.shape(u) if is_cut and u is not None else (0,) for u in leaves]
-        axis_bits = axis_bits_of_step(seed ^ ROOT_OF_2, count, tuple(rounded))
+        number = np.uint32(seed ^ ROOT_OF_2)
+        axis_bits = axis_bits_of_step(number, count, tuple(rounded))
         pairs = list(map(_step, leaves, *columns, axis_bits))
         updates = structure.unflatten(update for update, _ in pairs)
         corrections = structure.unflatten(correction for _, correction in pairs)

@@ -65,6 +65,7 @@ def from_bits(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+# Compiled, so that a step that is not compiled makes one call, not one for each slice.
 @functools.partial(jax.jit, static_argnames="shapes", inline=True)
 def random_axis_bits(
     key: jax.Array,
@@ -96,9 +97,10 @@ def random_axis_bits(
     ]
 
 
-@functools.partial(jax.jit, static_argnames=("number", "shapes"), inline=True)
+# The number is not static: every seed would compile a program of its own.
+@functools.partial(jax.jit, static_argnames="shapes", inline=True)
 def axis_bits_of_step(
-    number: int, count: jax.Array, shapes: tuple[tuple[int, ...], ...]
+    number: np.uint32, count: jax.Array, shapes: tuple[tuple[int, ...], ...]
 ) -> list[list[jax.Array]]:
     """Return `random_axis_bits` for a step, from a number and a count of updates.
 
@@ -107,7 +109,7 @@ def axis_bits_of_step(
     draw more.
     """
     draw = (count // STEPS_OF_A_DRAW).astype(jnp.uint32)
-    words = jnp.stack([jnp.uint32(number), draw])
+    words = jnp.stack([number, draw])
     key = jax.random.wrap_key_data(words, impl="threefry2x32")
     return random_axis_bits(key, shapes, count)
 

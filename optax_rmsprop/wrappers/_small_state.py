@@ -353,7 +353,7 @@ def _compress(
     """Compress an inner state: to codes in these formats, or to bfloat16 if None."""
     arrays = [x for _, x in _compressed_arrays(inner, dtypes)]
     shapes = tuple(x.shape for x in arrays)
-    axis_bits = axis_bits_of_step(seed ^ GOLDEN_RATIO, count, shapes)
+    axis_bits = axis_bits_of_step(np.uint32(seed ^ GOLDEN_RATIO), count, shapes)
     if formats is None:
         pairs = zip(arrays, axis_bits, strict=True)
         new = [stochastic_round(x, jnp.bfloat16, bits) for x, bits in pairs]
