@@ -75,24 +75,17 @@ def targets_of(values: jax.Array, fell: jax.Array, ended: jax.Array) -> jax.Arra
     return jnp.stack(targets[:-1])
 
 
-@partial(jax.jit, static_argnums=0)
-def start(windows: int) -> tuple[dict, Arrays, jax.Array]:
-    """Parameters, environments, and keys of the updates, for each seed."""
-
-    def of_seed(key: jax.Array) -> tuple:
-        of_agent, of_poles, key = jax.random.split(key, 3)
-        poles = jax.vmap(begin)(jax.random.split(of_poles, ENVIRONMENTS))
-        params, ages = Agent().init(of_agent, poles), jnp.zeros(ENVIRONMENTS, jnp.int32)
-        return params, (poles, ages), jax.random.split(key, (windows, WINDOW))
-
-    # Not vmap: on two cores, jaxlib 0.10 may wait for ever for two batches of QR
-    # factorizations, which `orthogonal` would need.
-    return jax.lax.map(of_seed, jax.random.split(jax.random.key(0), SEEDS))
+def start(windows: int, key: jax.Array) -> tuple[dict, Arrays, jax.Array]:
+    """Parameters, environments, and keys of the updates, for one seed."""
+    of_agent, of_poles, key = jax.random.split(key, 3)
+    poles = jax.vmap(begin)(jax.random.split(of_poles, ENVIRONMENTS))
+    params, ages = Agent().init(of_agent, poles), jnp.zeros(ENVIRONMENTS, jnp.int32)
+    return params, (poles, ages), jax.random.split(key, (windows, WINDOW))
 
 
-def train(name: str, windows: int) -> np.ndarray:
+def train(name: str, params: dict, environments: Arrays, keys: jax.Array) -> np.ndarray:
     """Mean return of the episodes of a window, by window and seed."""
-    rate = optax.linear_schedule(7e-4, 0.0, windows * WINDOW)
+    rate = optax.linear_schedule(7e-4, 0.0, keys[0].size)
     tx = DIALECTS[name](rate, alpha=0.99, eps=1e-5)
     tx, agent = optax.chain(optax.clip_by_global_norm(0.5), tx), Agent()
 
@@ -122,22 +115,21 @@ def train(name: str, windows: int) -> np.ndarray:
         returns = jnp.where(ended, ages, 0).sum(), ended.sum()
         return (params, opt_state, environments), returns
 
-    def play_window(run: tuple, keys: jax.Array) -> tuple[tuple, jax.Array]:
-        run, (returns, episodes) = jax.lax.scan(update, run, keys)
-        return run, returns.sum() / episodes.sum()
-
-    params, environments, keys = start(windows)
     runs = params, jax.vmap(tx.init)(params), environments
-    history, play_all = [], jax.jit(jax.vmap(play_window))
-    for number in _common.shown(range(windows), f"{name}: window"):
-        runs, returns = play_all(runs, keys[:, number])
-        history.append(np.array(returns))
+    history, play_all = [], jax.jit(jax.vmap(partial(jax.lax.scan, update)))
+    for number in _common.shown(range(keys.shape[1]), f"{name}: window"):
+        runs, (returns, episodes) = play_all(runs, keys[:, number])
+        history.append(np.sum(returns, axis=1) / np.sum(episodes, axis=1))
     return np.array(history)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = _common.parse_options(__doc__, argv, windows=(125, "of 4000 steps each"))
-    returns = {name: train(name, options.windows) for name in DIALECTS}
+    seeds = jax.random.split(jax.random.key(0), SEEDS)
+    # Not vmap: with jaxlib 0.10 on two cores, the batches of QR factorizations that
+    # `orthogonal` would need can block each other's threads.
+    starts = jax.lax.map(partial(start, options.windows), seeds)
+    returns = {name: train(name, *starts) for name in DIALECTS}
     steps = 4 * np.arange(1, options.windows + 1)
     ends = {name: 50 * round(last.mean() / 50) for name, (*_, last) in returns.items()}
     each = ", ".join(f"{name} {mean}" for name, mean in ends.items())

@@ -237,7 +237,7 @@ def stochastic_apply_updates(
     References:
       Gupta et al., Deep Learning with Limited Numerical Precision, arXiv:1502.02551.
     """
-    _check_key(key)
+    key = _typed_key(key)
     _errors.same_tree("updates", updates, "`params`", params)
     structure: Any
     leaves, structure = jax.tree.flatten(updates, is_leaf=lambda x: x is None)
@@ -262,15 +262,16 @@ def stochastic_apply_updates(
     return structure.unflatten(leaf(*row) for row in rows)
 
 
-def _check_key(key: Any) -> None:
+def _typed_key(key: Any) -> jax.Array:
     """Check that a value is one PRNG key, typed or (as before) an array of uint32."""
     dtype = getattr(key, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        is_key = np.shape(key) == ()
+        if np.shape(key) == ():
+            return key
     else:
         raw = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-        is_key = dtype == raw.dtype and np.shape(key) == raw.shape
-    if not is_key:
-        raise TypeError(
-            f"`key` must be one PRNG key, got {shown(key)}; jax.random.key(0) makes one"
-        )
+        if dtype == raw.dtype and np.shape(key) == raw.shape:
+            return jax.random.wrap_key_data(key)
+    raise TypeError(
+        f"`key` must be one PRNG key, got {shown(key)}; jax.random.key(0) makes one"
+    )

@@ -55,7 +55,7 @@ def test_several_causes():
 def test_a_part_that_one_leaf_does_not_get():
     """A mask that leaves one leaf out shows in this leaf, at the first step."""
     tx = optax.masked(rmsprop(1e-2, 0.9, 1e-2), {"a": True, "b": False})
-    params, g = by_reference(0 * RATES + 1e-2, decay=0.9, eps=1e-2)
+    params, g = by_reference(np.full_like(RATES, 1e-2), decay=0.9, eps=1e-2)
     params, grads = ({"a": x[:, :24], "b": x[:, 24:]} for x in (params, g))
     other = compare(tx, params, grads, 1e-2)
     assert not other.same

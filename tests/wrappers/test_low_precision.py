@@ -671,6 +671,20 @@ def test_leaves_are_rounded_independently_and_old_keys_work():
     assert 0.1 < (new[0] != new[1]).mean() < 0.9
 
 
+def test_an_old_key_is_of_the_default_kind():
+    """The default may change between calls, to a kind with keys of the same shape."""
+    if jax.__version_info__ < (0, 10):
+        pytest.skip("this jax has no second kind of that shape")
+    params, updates = jnp.ones(1000, jnp.bfloat16), jnp.full(1000, 2e-3)
+    old = jnp.array([1, 2], jnp.uint32)
+    for kind in ("threefry2x32", "philox4x32"):
+        with jax.default_prng_impl(kind):
+            new = stochastic_apply_updates(params, updates, old)
+        typed = jax.random.wrap_key_data(old, impl=kind)
+        expected = stochastic_apply_updates(params, updates, typed)
+        np.testing.assert_array_equal(new, expected)
+
+
 BAD_APPLICATIONS = [
     (([jnp.ones(2)], [jnp.ones(3)]), ValueError, r"`updates`.*\[0\] has shape \(3,\)"),
     (([jnp.ones(2)], []), ValueError, r"`updates` .*missing \[0\]"),
