@@ -554,4 +554,6 @@ def test_chained_by_hand(options, transforms):
     ours = train_compiled(rmsprop(**options), *run)
     by_hand = train_compiled(optax.chain(*transforms), *run)
     # Their types differ: only ours says that the learning rate is inside the buffer.
-    chex.assert_trees_all_equal(*map(jax.tree.leaves, (ours, by_hand)))
+    # XLA may contract other products and sums in each.
+    both = map(jax.tree.leaves, (ours, by_hand))
+    chex.assert_trees_all_close(*both, rtol=1e-12, atol=1e-14)

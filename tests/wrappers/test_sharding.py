@@ -380,9 +380,16 @@ def inside(mesh, mode):
     return jax.set_mesh(mesh) if mode == "Explicit" else contextlib.nullcontext()
 
 
-def assert_equal(actual, expected):
-    for x, y in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-        np.testing.assert_array_equal(x, y)
+def assert_as_alone(results, kind):
+    """Check that results equal those of one device, within rounding.
+
+    How XLA contracts products and sums may depend on the shape of a shard. It rarely
+    makes another code of a compressed number.
+    """
+    most = 1e-3 if kind in ("uint8", "bfloat16") else 0.0
+    for x, y in zip(*map(jax.tree.leaves, (results, alone(kind))), strict=True):
+        same = np.isclose(*(np.asarray(a, np.float64) for a in (x, y)), 1e-5, 1e-6)
+        assert np.mean(~same) <= most
 
 
 def layouts():
@@ -424,7 +431,7 @@ def test_a_layout_computes_the_same_and_sends_no_more_than_it_must(layout, kind,
         for g in grads:
             params, state = step(params, state, g)
     check_state_shardings(state, shardings)
-    assert_equal((params, state), alone(kind))
+    assert_as_alone((params, state), kind)
 
 
 def fsdp(mode, kind="everything"):
@@ -543,7 +550,7 @@ def test_a_state_in_host_memory(kind):
     for i in range(STEPS):
         params, state = step(params, state, jax.device_put(draw(i + 1), places))
     check_state_shardings(state, in_host)
-    assert_equal((params, state), alone(kind))
+    assert_as_alone((params, state), kind)
     for there, wanted in ((shardings, in_host), (in_host, shardings)):
         kinds = (jax.tree.leaves(x)[0].memory_kind for x in (there, wanted))
         message = r"\) in {} at .*count, expected .*\) in {}; jax.device_put"
@@ -617,7 +624,7 @@ def test_within_shard_map():
     assert collectives(step) == []
     for g in grads:
         params, state = step(params, state, g)
-    assert_equal((params, state), alone(kind))
+    assert_as_alone((params, state), kind)
 
 
 @needs_explicit  # Orbax, too, enters jax.set_mesh
