@@ -97,9 +97,10 @@ def run_module(name):
 def test_optax_cases_pass(module):
     if module.endswith("sharding_test") and jax.__version_info__ < (0, 7, 2):
         pytest.skip("this jax has no shardings in types")
+    eight = "--xla_force_host_platform_device_count=8"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {eight}",
         "PYTHONPATH": os.pathsep.join(sys.path),  # where `reference` is
     }
     done = subprocess.run(

@@ -57,7 +57,7 @@ def trees(shape=SHAPE, steps=3, dtype=jnp.float32):
 
 def compiled(tx, params, grads):
     step = jax.jit(stepper(tx), donate_argnums=(0, 1))
-    return step.lower(params, tx.init(params), grads).compile()
+    return step.lower(params, jax.eval_shape(tx.init, params), grads).compile()
 
 
 def loops_of(program, shape=SHAPE):
@@ -70,14 +70,21 @@ def loops_of(program, shape=SHAPE):
     return len(kinds) - kinds.count("copy"), kinds.count("copy")
 
 
-def last(tx, params, gradients):
-    """Parameters and state after the last step, with donated buffers."""
-    step = jax.jit(stepper(tx), donate_argnums=(0, 1))
+def last(step, tx, params, gradients):
+    """Parameters and state after the last of some compiled steps, which donate them."""
     params = jax.tree.map(jnp.copy, params)
     state = jax.jit(tx.init)(params)
     for g in gradients:
         params, state = step(params, state, g)
     return params, state
+
+
+def compared(tx, params, gradients):
+    """The compiled steps of `tx` and `single_pass(tx)`, which give the same bits."""
+    steps = [compiled(t, params, gradients[0]) for t in (tx, single_pass(tx))]
+    plain, ours = (last(step, tx, params, gradients) for step in steps)
+    assert_same_bits(ours, plain)
+    return steps
 
 
 def assert_same_bits(one, other):
@@ -93,41 +100,33 @@ def test_xla_joins_loops():
 def test_one_loop_with_the_same_bits(name):
     tx = CASES[name]()
     params, gradients = trees()
-    program = compiled(single_pass(tx), params, gradients[0])
+    _, program = compared(tx, params, gradients)
     # XLA joins loops of less than 20 operands. All options together are at the limit.
     if name != "all options":
         assert loops_of(program) == (1, 0)
         assert program.memory_analysis().temp_size_in_bytes < 2**10
-    assert_same_bits(
-        last(single_pass(tx), params, gradients), last(tx, params, gradients)
-    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_loops_that_write_another_dtype_are_not_joined(dtype):
     tx = rmsprop(1e-2, centered=True, momentum=0.9)
     params, gradients = trees(dtype=dtype)
-    assert loops_of(compiled(tx, params, gradients[0])) == (4, 0)
-    assert loops_of(compiled(single_pass(tx), params, gradients[0])) == (2, 0)
-    assert_same_bits(
-        last(single_pass(tx), params, gradients), last(tx, params, gradients)
-    )
+    plain, ours = compared(tx, params, gradients)
+    assert loops_of(plain) == (4, 0)
+    assert loops_of(ours) == (2, 0)
 
 
 def test_slots_of_two_dtypes_are_as_in_tx():
     tx = optax.adam(1e-2, mu_dtype=jnp.bfloat16)
     params, gradients = trees()
-    programs = [compiled(t, params, gradients[0]) for t in (tx, single_pass(tx))]
-    assert loops_of(programs[0]) == loops_of(programs[1])
+    plain, ours = compared(tx, params, gradients)
+    assert loops_of(plain) == loops_of(ours)
 
 
 def test_complex_parameters():
     tx = rmsprop(1e-2, momentum=0.9)
-    params, gradients = trees(dtype=jnp.complex64)
-    assert loops_of(compiled(single_pass(tx), params, gradients[0])) == (1, 0)
-    assert_same_bits(
-        last(single_pass(tx), params, gradients), last(tx, params, gradients)
-    )
+    _, program = compared(tx, *trees(dtype=jnp.complex64))
+    assert loops_of(program) == (1, 0)
 
 
 def test_the_program_for_small_leaves_is_that_of_tx():
@@ -202,13 +201,10 @@ def test_shards(spec):
     mesh = make_mesh({"data": 8}, axis_types=(jax.sharding.AxisType.Auto,))
     params, gradients = trees((1024, 1024))
     params, gradients = jax.device_put((params, gradients), NamedSharding(mesh, spec))
-    program = compiled(single_pass(tx), params, gradients[0])
+    _, program = compared(tx, params, gradients)
     sharded = NamedSharding(mesh, spec).shard_shape((1024, 1024))
     assert loops_of(program, sharded) == (1, 0)
     assert "all-" not in program.as_text()
-    assert_same_bits(
-        last(single_pass(tx), params, gradients), last(tx, params, gradients)
-    )
 
 
 @pytest.mark.parametrize("name", BRANCHING)
@@ -217,25 +213,25 @@ def test_what_branches_is_wrapped_inside(name):
     make = lambda: rmsprop(1e-2, momentum=0.9)  # noqa: E731
     inside, plain = wrap(lambda: single_pass(make())), wrap(make)
     params, gradients = trees()
+    of_plain, outside = compared(plain, params, gradients)
     program = compiled(inside, params, gradients[0])
     slots = ", ".join(["f32[512,512]{1,0}"] * 2)
     assert f"= ({slots}, " in program.as_text()
-    assert_same_bits(last(inside, params, gradients), last(plain, params, gradients))
+    assert_same_bits(
+        last(program, inside, params, gradients),
+        last(of_plain, plain, params, gradients),
+    )
     # Around it, it changes nothing: the branches of lax.cond are not repeated.
-    outside = compiled(single_pass(plain), params, gradients[0])
-    assert loops_of(outside) == loops_of(compiled(plain, params, gradients[0]))
+    assert loops_of(outside) == loops_of(of_plain)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint8])
 def test_small_states(dtype):
     tx = compress_state(rmsprop(1e-2, momentum=0.9), dtype)
-    params, gradients = trees()
-    ours = last(single_pass(tx), params, gradients)
-    assert_same_bits(ours, last(tx, params, gradients))
-    plain, joined = (compiled(t, params, gradients[0]) for t in (tx, single_pass(tx)))
-    fewer = loops_of(joined)[0] < loops_of(plain)[0]
+    plain, ours = compared(tx, *trees())
+    fewer = loops_of(ours)[0] < loops_of(plain)[0]
     assert fewer == (dtype == jnp.bfloat16)
-    assert fewer or loops_of(joined) == loops_of(plain)
+    assert fewer or loops_of(ours) == loops_of(plain)
 
 
 def test_leaves_that_are_no_arrays():
