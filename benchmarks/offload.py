@@ -107,7 +107,8 @@ def compile_step(tx, params, x=None, offload=in_host):
     )
     out = jax.tree.map(lambda p: p.sharding, params), stored
     step = jax.jit(step, out_shardings=out, donate_argnums=(0, 1))
-    return step.lower(params, state, params if x is None else x).compile()
+    with compiled.on("tpu"):
+        return step.lower(params, state, params if x is None else x).compile()
 
 
 def peaks(topology, tx):

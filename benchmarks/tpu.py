@@ -28,6 +28,8 @@ from compiled import (
 
 # Bytes a second of one chip's HBM, https://cloud.google.com/tpu/docs/v5e and /v6e.
 BANDWIDTHS = {"v5e:2x2": 819e9, "v6e:2x2": 1640e9}
+# So that XLA may join the loops of small states, in one of up to 64 operands.
+JOIN = {"xla_tpu_multioutput_fusion_max_operands": "64"}
 TABLE_HEAD = """\
 compiled for | options | by | loops | bytes per parameter | scratch, KiB | \
 least time, ms
@@ -39,8 +41,8 @@ def devices(topology):
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
-def measure(topology, tx, dtype=jnp.float32):
-    compiled = compile_step(devices(topology)[0], tx, dtype=dtype)
+def measure(topology, tx, dtype=jnp.float32, options=None):
+    compiled = compile_step(devices(topology)[0], tx, dtype=dtype, options=options)
     program = compiled.as_text()
     moved = moved_bytes(program)
     return {

@@ -221,10 +221,10 @@ def encode(
     shifted_k = jnp.maximum(k, 0) + 2.0**LEVEL_BITS
     bits = bits_of(shifted_k) + random_bits(x.shape, FRACTION_BITS, axis_bits)
     k = (bits >> FRACTION_BITS) - (EXPONENT_BIAS + LEVEL_BITS << LEVEL_BITS)
-    k = jnp.minimum(k, scale.last)
-    code = (k ^ minus) - minus + scale.center
+    code = jnp.clip((k ^ minus) - minus + scale.center, FIRST, LAST)
     not_positive = jnp.where(x < 0, NEGATIVE, ZERO)
-    code = jnp.where(scale.signed | (x > 0), code, not_positive)
+    # NON_NEGATIVE rows have offset 0.
+    code = jnp.where(jnp.maximum(x, scale.offset) > 0, code, not_positive)
     codes = jnp.where(magnitude < jnp.inf, code, NAN).astype(jnp.uint8)
     rows = format.levels.shape
     find = functools.partial(jax.lax.platform_dependent, codes)

@@ -14,43 +14,29 @@ the first of three updates, the buffer from the second, and what is added to the
 parameters from the third. In the joined loop, the compiler finds that they are the
 same, and computes them once.
 
-XLA would merge them earlier, and nothing would be joined. So each update reads its
-arrays through a mask of its own, which is True everywhere. XLA cannot know that,
-because it comes through `jax.lax.optimization_barrier`. (Barriers around the arrays
-would hide that all updates read the same arrays. With a product with 1 in place of the
-mask, sums of products may be rounded differently.)
-
-Only what is computed element by element is repeated. All else, such as the norm of the
-gradients, is computed once, from the arrays themselves.
+Each update after the first reads its arrays through a mask of its own (`_repeated.py`),
+which comes through `jax.lax.optimization_barrier`. (Barriers around the arrays would
+hide that all updates read the same arrays. With a product with 1 in place of the mask,
+sums of products may be rounded differently.)
 """
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
 from jax.tree_util import tree_flatten_with_path
 
-from optax_rmsprop.wrappers._transformation import checked, name_of, owner_of
-
-# In a smaller array, the repeated arithmetic costs more than the memory.
-MIN_SIZE = 2**14
-# Operations of JAX that cost less than to store their result. The others, such as sums
-# over an array, products of matrices and random bits, are not repeated.
-ELEMENTWISE = """
-    abs add and bitcast_convert_type broadcast_in_dim clamp complex conj
-    convert_element_type copy div eq exp expm1 floor ge gt imag integer_pow is_finite le
-    log log1p lt max min mul ne neg not or pow pvary real reshape round rsqrt select_n
-    shift_left shift_right_arithmetic shift_right_logical sign sqrt square squeeze sub
-    tanh xor
-"""
-CALLS = "jit", "pjit", "custom_jvp_call"
+from optax_rmsprop.wrappers._repeated import (
+    is_compiled,
+    is_traced,
+    repeated,
+    slots_of,
+)
+from optax_rmsprop.wrappers._transformation import checked, name_of
 
 
 def single_pass(
@@ -107,46 +93,15 @@ def single_pass(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         arguments = updates, state, params, extra_args
-        leaves, structure = jax.tree.flatten(arguments)
-        large = [i for i, leaf in enumerate(leaves) if _is_traced(leaf)]
-        if not large or not _has_pass() or not _is_compiled():
+        is_any_traced = any(map(is_traced, jax.tree.leaves(arguments)))
+        if not is_any_traced or not _has_pass() or not is_compiled():
             return tx.update(updates, state, params, **extra_args)
-        others = dict[int, Any]()  # leaves of the results that are no arrays
-        form: Any = None
 
-        def update(arrays: list[jax.Array]) -> list[jax.Array]:
-            nonlocal form
-            new = list(leaves)
-            for i, array in zip(large, arrays, strict=True):
-                new[i] = array
-            updates, state, params, extra_args = jax.tree.unflatten(structure, new)
-            results, form = jax.tree.flatten(
-                tx.update(updates, state, params, **extra_args)
-            )
-            others.update((i, x) for i, x in enumerate(results) if not _is_array(x))
-            return [x for x in results if _is_array(x)]
+        def update(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:
+            return tx.update(updates, state, params, **extra_args)
 
-        arrays = [leaves[i] for i in large]
-        program = jax.make_jaxpr(update)(arrays)
-        once, again = _in_two(program)
-        outputs, values = once(arrays)
-
-        size = form.num_leaves
-
-        def result(arrays: list[Any]) -> Any:
-            rest = iter(arrays)
-            every = (others[i] if i in others else next(rest) for i in range(size))
-            return form.unflatten(every)
-
-        sources = _sources(params, result(program.out_avals))
-        made = [outputs]
-        true = jnp.array(True)
-        for _ in range(max(sources, default=0)):
-            true = jax.lax.optimization_barrier(true)
-            own = [_where(true, array) for array in arrays]
-            made.append(again(own, values))
-        of_arrays = [n for i, n in enumerate(sources) if i not in others]
-        return result([made[source][i] for i, source in enumerate(of_arrays)])
+        sources_of = functools.partial(_sources, params)
+        return repeated(update, arguments, sources_of, _masks())
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
@@ -195,62 +150,34 @@ def _warn() -> None:
     )
 
 
-def _where(true: jax.Array, array: jax.Array) -> jax.Array:
-    mask = jax.lax.full_like(array, true, jnp.bool)
-    return jax.lax.select(mask, array, jax.lax.full_like(array, 0))
+def _masks() -> Iterator[jax.Array]:
+    mask = jnp.array(True)
+    while True:
+        mask = jax.lax.optimization_barrier(mask)
+        yield mask
 
 
-def _is_compiled() -> bool:
-    """Whether a program is traced now: derivatives alone do not make one."""
-    return isinstance(jax.lax.iota(jnp.int32, 1), Tracer)
-
-
-def _is_traced(leaf: Any) -> bool:
-    """Whether a leaf is a large traced array, and no PRNG keys."""
-    return (
-        isinstance(leaf, Tracer)
-        and _is_large(leaf)
-        and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-    )
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
-
-
-def _is_large(leaf: Any) -> bool:
-    return getattr(leaf, "size", 0) >= MIN_SIZE
-
-
-def _sources(params: optax.Params | None, results: Any) -> list[int]:
+def _sources(
+    params: optax.Params | None, updates: optax.Updates, state: optax.OptState
+) -> list[int]:
     """The number of the update from which each leaf of the results is taken.
 
-    The slots of a parameter, which end with its path and have its shape, come from the
-    updates 1, 2, 3, and what is added to the parameter from the one after them. XLA
-    joins loops only if they write the same dtype. Where the parameter has another one
-    than its slots, its loop follows theirs, and comes from the same update as the last
-    slot. Update 0 is the usual one. What is small comes from it, and all of a parameter
-    whose slots have several dtypes, or are codes: the extremes of codes are not
-    computed element by element, and would come from other codes than those stored.
+    The slots of a parameter come from the updates 1, 2, 3, and what is added to the
+    parameter from the one after them. XLA joins loops only if they write the same
+    dtype. Where the parameter has another one than its slots, its loop follows theirs,
+    and comes from the same update as the last slot. Update 0 is the usual one. What is
+    small comes from it, and all of a parameter whose slots have several dtypes, or are
+    codes: the extremes of codes are not computed element by element, and would come
+    from other codes than those stored.
     """
-    new_updates, state = results
-    leaves, states, given = (
-        tree_flatten_with_path(tree)[0] for tree in (new_updates, state, params)
-    )
-    shapes = {name_of(path): u.shape for path, u in leaves if _is_large(u)}
+    names, slots = slots_of(updates, state)
+    given = tree_flatten_with_path(params)[0]
     dtypes = {name_of(path): getattr(p, "dtype", None) for path, p in given}
-    slots: dict[Any, list[int]] = {name: [] for name in shapes}
-    for number, (path, leaf) in enumerate(states):
-        if not _is_large(leaf):
-            continue
-        owner = owner_of(path, shapes)
-        if owner is not None and shapes[owner] == leaf.shape:
-            slots[owner].append(number)
+    leaves, states = jax.tree.leaves(updates), jax.tree.leaves(state)
     of_updates, of_state = [0] * len(leaves), [0] * len(states)
-    for i, (path, u) in enumerate(leaves):
-        name = name_of(path)
+    for i, (name, u) in enumerate(zip(names, leaves, strict=True)):
         numbers = slots.get(name, [])
-        written = {states[number][1].dtype for number in numbers}
+        written = {states[number].dtype for number in numbers}
         dtype = getattr(u, "dtype", None)
         same = written == {dtype, dtypes.get(name, dtype)}
         loops = len(numbers) + same
@@ -260,48 +187,3 @@ def _sources(params: optax.Params | None, results: Any) -> list[int]:
                 of_state[number] = source
             of_updates[i] = loops
     return [*of_updates, *of_state]
-
-
-def _in_two(program: ClosedJaxpr) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A function that runs a program, and one that makes its large results again.
-
-    The first takes arrays, and returns the results and the values that the second needs
-    from it: all that is not made element by element. The second takes arrays and these
-    values, and returns the results.
-    """
-    jaxpr = program.jaxpr
-    repeated = [equation for equation in jaxpr.eqns if _is_repeated(equation)]
-    made = {variable for equation in repeated for variable in equation.outvars}
-    known = made.union(jaxpr.invars, jaxpr.constvars)
-    read = [x for equation in repeated for x in equation.invars] + jaxpr.outvars
-    needed = [*dict.fromkeys(x for x in read if isinstance(x, Var) and x not in known)]
-    whole = jaxpr.replace(outvars=[*jaxpr.outvars, *needed])
-    part = jaxpr.replace(
-        invars=[*jaxpr.invars, *needed], eqns=repeated, effects=frozenset()
-    )
-    run, run_again = (
-        jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts)) for jaxpr in (whole, part)
-    )
-
-    def once(arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        values = run(*arrays)
-        return values[: len(jaxpr.outvars)], values[len(jaxpr.outvars) :]
-
-    def again(arrays: list[jax.Array], values: list[jax.Array]) -> list[jax.Array]:
-        return list(run_again(*arrays, *values))
-
-    return once, again
-
-
-def _is_repeated(equation: Any) -> bool:
-    """Whether an equation makes a large array, element by element."""
-    makes_large = any(_is_large(variable.aval) for variable in equation.outvars)
-    return makes_large and _is_elementwise(equation)
-
-
-def _is_elementwise(equation: Any) -> bool:
-    params = equation.params
-    if equation.primitive.name in CALLS:
-        inner = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
-        return all(map(_is_elementwise, inner.jaxpr.eqns))
-    return equation.primitive.name in ELEMENTWISE.split()

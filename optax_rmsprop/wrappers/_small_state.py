@@ -28,6 +28,7 @@ from optax_rmsprop import _errors
 from optax_rmsprop._errors import at, kind_of, short, shown
 from optax_rmsprop.wrappers import _codes
 from optax_rmsprop.wrappers._codes import Format
+from optax_rmsprop.wrappers._repeated import is_compiled, repeated, slots_of
 from optax_rmsprop.wrappers._rounding import (
     GOLDEN_RATIO,
     axis_bits_of_step,
@@ -118,6 +119,12 @@ def compress_state(
     levels a factor of 2 apart. For that update, larger numbers are clipped, and smaller
     ones may become 0. NaN does not change the format.
 
+    On a TPU, a step can be one loop that reads and writes each array once. With uint8
+    and more than one average, XLA needs leave to make a loop of many operands, by this
+    environment variable before JAX's first program:
+
+        LIBTPU_INIT_ARGS=--xla_tpu_multioutput_fusion_max_operands=64
+
     Args:
       tx: any optax transformation. In a chain, wrap the part whose state is large. With
         float64 parameters, let it average in float32 (in rmsprop by
@@ -203,8 +210,16 @@ def compress_state(
         **extra_args: Any,
     ) -> tuple[optax.Updates, CompressedState]:
         _check_state(state, dtype)
-        old = _decompress(state)
-        updates, inner = tx.update(updates, old, params, **extra_args)
+
+        def update(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:
+            return tx.update(updates, _decompress(state), params, **extra_args)
+
+        arguments = updates, state, params, extra_args
+        if jax.default_backend() == "tpu" and is_compiled():
+            masks = ((state.count | n) != 0 for n in itertools.count(1))  # all True
+            updates, inner = repeated(update, arguments, _sources, masks)
+        else:
+            updates, inner = update(*arguments)
         dtypes = _dtypes(state)
         arrays = _compressed_arrays(inner, dtypes)
         for path, x in arrays:
@@ -373,6 +388,22 @@ def _compress(
     inner = _replaced(inner, dtypes, [codes for codes, *_ in encoded])
     both = Formats(in_structure(formats), in_structure(following))
     return CompressedState(count, inner, both, dtypes)
+
+
+def _sources(updates: optax.Updates, inner: optax.OptState) -> list[int]:
+    """The computation from which each leaf of the results is taken on a TPU.
+
+    Each slot of a parameter comes from one of its own, and what is added to the
+    parameter from another. From a single one, XLA would store in float32 what is costly
+    and needed for several of them, such as the momentum.
+    """
+    names, slots = slots_of(updates, inner)
+    of_updates = [len(slots.get(name, ())) for name in names]
+    of_state = [0] * len(jax.tree.leaves(inner))
+    for numbers in slots.values():
+        for source, number in enumerate(numbers):
+            of_state[number] = source
+    return [*of_updates, *of_state]
 
 
 def _decompress(state: CompressedState) -> optax.OptState:

@@ -23,6 +23,7 @@ from optax_rmsprop import (
     scale_by_stddev,
     stochastic_apply_updates,
 )
+from optax_rmsprop.wrappers import _repeated
 
 STEPS = 30
 SHAPES = {"matrix": (64, 48), "bias": (48,), "scalar": ()}
@@ -125,6 +126,28 @@ def test_every_transformation_trains_alike(name_and_dtype):
     ratio = float(jnp.linalg.norm(error) / jnp.linalg.norm(moved))
     assert 0 < ratio < LIMITS[dtype]
     chex.assert_trees_all_equal_shapes_and_dtypes(decompress_state(state), plain)
+
+
+@pytest.mark.parametrize("name_and_dtype", slow_but(ALL[1:2], ALL, "-".join))
+def test_what_a_tpu_computes_again_is_the_same(name_and_dtype, monkeypatch):
+    name, dtype = name_and_dtype
+    monkeypatch.setattr(_repeated, "MIN_SIZE", 1000)
+    params, noise = problem()
+    noise = jax.tree.map(lambda x: x[:4], noise)
+    operations, results = [], []
+    for backend in ("cpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        tx = compressed(TRANSFORMS[name], dtype)
+        with jax.numpy_dtype_promotion("standard"):  # for parts of optax
+            program = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
+            results.append(train(tx, params, noise))
+        operations.append(len(str(program).splitlines()))
+    # What branches is not repeated.
+    assert operations[0] < operations[1] or name in ("apply_if_finite", "three steps")
+    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
+        # Where the last bit differs, a code may.
+        same = np.isclose(*(np.asarray(a, np.float64) for a in (x, y)), 1e-5, 1e-6)
+        assert np.mean(~same) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "nearest"])
