@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import pathlib
 import re
 from unittest import mock
@@ -66,9 +67,13 @@ def run(doc, record, table_head, rows, table_line, over_limits):
 
 
 @contextlib.contextmanager
-def on(platform):
-    """JAX names this default platform, as it does on a machine that has it."""
-    with mock.patch.object(jax, "default_backend", return_value=platform):
+def on(platform, options=None):
+    """The process looks as on a machine with this platform, and these options set."""
+    arguments = " ".join(f"--{name}={value}" for name, value in (options or {}).items())
+    with (
+        mock.patch.object(jax, "default_backend", return_value=platform),
+        mock.patch.dict(os.environ, LIBTPU_INIT_ARGS=arguments),
+    ):
         yield
 
 
@@ -92,7 +97,7 @@ def compile_step(device, tx, shape=SHAPE, dtype=jnp.float32, options=None):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         (params, jax.eval_shape(tx.init, params), params),
     )
-    with on(device.platform):
+    with on(device.platform, options):
         return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile(options)
 
 

@@ -256,6 +256,15 @@ def _square_by_parts(x):
     return x.real**2 + 1j * x.imag**2 if np.iscomplexobj(x) else x**2
 
 
+def share_that_differs(one, other):
+    """The share of the numbers of two trees that differ by more than rounding."""
+    numbers = (
+        np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)])
+        for tree in (one, other)
+    )
+    return np.mean(~np.isclose(*numbers, rtol=1e-5, atol=1e-6))
+
+
 def relative_difference(actual, expected):
     """The largest difference of a leaf at any step, over its largest value then."""
     assert actual.keys() == expected.keys()

@@ -39,7 +39,10 @@ CALLS = "jit", "pjit", "custom_jvp_call"
 
 
 def is_compiled() -> bool:
-    """Whether a program is traced now: derivatives alone do not make one."""
+    """Whether a program is traced now: derivatives alone do not make one.
+
+    It adds an operation to the program, which XLA removes.
+    """
     return isinstance(jax.lax.iota(jnp.int32, 1), Tracer)
 
 
@@ -47,7 +50,11 @@ def is_large(leaf: Any) -> bool:
     return getattr(leaf, "size", 0) >= MIN_SIZE
 
 
-def is_traced(leaf: Any) -> bool:
+def has_large(arguments: Any) -> bool:
+    return any(map(_is_traced, jax.tree.leaves(arguments)))
+
+
+def _is_traced(leaf: Any) -> bool:
     """Whether a leaf is a large traced array, and no PRNG keys."""
     return (
         isinstance(leaf, Tracer)
@@ -102,7 +109,7 @@ def _once_and_again(
     from masked arrays. All else it returns as it is.
     """
     leaves, structure = jax.tree.flatten(arguments)
-    large = [i for i, leaf in enumerate(leaves) if is_traced(leaf)]
+    large = [i for i, leaf in enumerate(leaves) if _is_traced(leaf)]
     others = dict[int, Any]()  # leaves of the results that are no arrays
     form: Any = None
 

@@ -31,8 +31,8 @@ import optax
 from jax.tree_util import tree_flatten_with_path
 
 from optax_rmsprop.wrappers._repeated import (
+    has_large,
     is_compiled,
-    is_traced,
     repeated,
     slots_of,
 )
@@ -93,8 +93,7 @@ def single_pass(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         arguments = updates, state, params, extra_args
-        is_any_traced = any(map(is_traced, jax.tree.leaves(arguments)))
-        if not is_any_traced or not _has_pass() or not is_compiled():
+        if not has_large(arguments) or not _has_pass() or not is_compiled():
             return tx.update(updates, state, params, **extra_args)
 
         def update(updates: Any, state: Any, params: Any, extra_args: Any) -> Any:

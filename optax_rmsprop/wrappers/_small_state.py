@@ -14,6 +14,7 @@ This differs from the 8-bit optimizers of bitsandbytes and flashoptim:
 """
 
 import itertools
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +29,12 @@ from optax_rmsprop import _errors
 from optax_rmsprop._errors import at, kind_of, short, shown
 from optax_rmsprop.wrappers import _codes
 from optax_rmsprop.wrappers._codes import Format
-from optax_rmsprop.wrappers._repeated import is_compiled, repeated, slots_of
+from optax_rmsprop.wrappers._repeated import (
+    has_large,
+    is_compiled,
+    repeated,
+    slots_of,
+)
 from optax_rmsprop.wrappers._rounding import (
     GOLDEN_RATIO,
     axis_bits_of_step,
@@ -36,6 +42,8 @@ from optax_rmsprop.wrappers._rounding import (
 )
 from optax_rmsprop.wrappers._transformation import checked
 
+# Of the TPU's compiler: how many operands a loop may have that others are joined into.
+OPTION = "xla_tpu_multioutput_fusion_max_operands"
 REMEDY = "make it with the init of this transformation"
 
 
@@ -120,8 +128,8 @@ def compress_state(
     ones may become 0. NaN does not change the format.
 
     On a TPU, a step can be one loop that reads and writes each array once. With uint8
-    and more than one average, XLA needs leave to make a loop of many operands, by this
-    environment variable before JAX's first program:
+    and more than one average, XLA makes this loop only with an environment variable,
+    set before JAX's first program:
 
         LIBTPU_INIT_ARGS=--xla_tpu_multioutput_fusion_max_operands=64
 
@@ -215,8 +223,10 @@ def compress_state(
             return tx.update(updates, _decompress(state), params, **extra_args)
 
         arguments = updates, state, params, extra_args
-        if jax.default_backend() == "tpu" and is_compiled():
-            masks = ((state.count | n) != 0 for n in itertools.count(1))  # all True
+        if has_large(arguments) and _joins_loops(dtype) and is_compiled():
+            # True, and distinct. For a TPU, XLA removes barriers before it looks for
+            # equal computations.
+            masks = ((state.count | n) != 0 for n in itertools.count(1))
             updates, inner = repeated(update, arguments, _sources, masks)
         else:
             updates, inner = update(*arguments)
@@ -388,6 +398,17 @@ def _compress(
     inner = _replaced(inner, dtypes, [codes for codes, *_ in encoded])
     both = Formats(in_structure(formats), in_structure(following))
     return CompressedState(count, inner, both, dtypes)
+
+
+def _joins_loops(dtype: np.dtype) -> bool:
+    """Whether XLA makes one loop of those that compute the slots and the parameters.
+
+    It does so for TPUs. Codes have too many operands for its default limit, mostly the
+    formats of rows: their loops would stay, and each read its arrays again.
+    """
+    if jax.default_backend() != "tpu":
+        return False
+    return dtype != jnp.uint8 or OPTION in os.environ.get("LIBTPU_INIT_ARGS", "")
 
 
 def _sources(updates: optax.Updates, inner: optax.OptState) -> list[int]:

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from helpers import WRAPPERS, make_mesh, slow_but
+from helpers import WRAPPERS, make_mesh, share_that_differs, slow_but
 from optax_rmsprop import (
     CompressedState,
     compress_state,
@@ -24,6 +24,7 @@ from optax_rmsprop import (
     stochastic_apply_updates,
 )
 from optax_rmsprop.wrappers import _repeated
+from optax_rmsprop.wrappers._small_state import OPTION, _sources
 
 STEPS = 30
 SHAPES = {"matrix": (64, 48), "bias": (48,), "scalar": ()}
@@ -132,6 +133,7 @@ def test_every_transformation_trains_alike(name_and_dtype):
 def test_what_a_tpu_computes_again_is_the_same(name_and_dtype, monkeypatch):
     name, dtype = name_and_dtype
     monkeypatch.setattr(_repeated, "MIN_SIZE", 1000)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{OPTION}=64")
     params, noise = problem()
     noise = jax.tree.map(lambda x: x[:4], noise)
     operations, results = [], []
@@ -144,10 +146,33 @@ def test_what_a_tpu_computes_again_is_the_same(name_and_dtype, monkeypatch):
         operations.append(len(str(program).splitlines()))
     # What branches is not repeated.
     assert operations[0] < operations[1] or name in ("apply_if_finite", "three steps")
-    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
-        # Where the last bit differs, a code may.
-        same = np.isclose(*(np.asarray(a, np.float64) for a in (x, y)), 1e-5, 1e-6)
-        assert np.mean(~same) < 1e-3
+    assert share_that_differs(*results) < 1e-3  # where a last bit differs, a code may
+
+
+def test_on_a_tpu_each_slot_has_a_computation_of_its_own():
+    params = {"large": jnp.zeros((128, 128)), "small": jnp.zeros(128)}
+    tx = rmsprop(centered=True, momentum=0.9)
+    state = tx.init(params)
+    of_updates, of_state = jax.tree.unflatten(
+        jax.tree.structure((params, state)), _sources(params, state)
+    )
+    assert of_updates == {"large": 3, "small": 0}
+    names = ("mu", "var", "trace")
+    slots = [optax.tree.get(of_state, name) for name in names]
+    assert sorted(slot["large"] for slot in slots) == [0, 1, 2]
+    assert not any(slot["small"] for slot in slots)
+
+
+@pytest.mark.parametrize(("backend", "option"), [("tpu", ""), ("gpu", "=64")])
+def test_codes_are_computed_again_only_where_loops_are_joined(
+    backend, option, monkeypatch
+):
+    params = jnp.ones((128, 128))
+    tx = compress_state(rmsprop(momentum=0.9), "uint8")
+    usual = str(jax.make_jaxpr(tx.update)(params, tx.init(params)))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{OPTION}{option}" if option else "")
+    assert str(jax.make_jaxpr(tx.update)(params, tx.init(params))) == usual
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "nearest"])

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from helpers import (
     WRAPPERS,
     make_mesh,
+    share_that_differs,
     skip_without_pinned_host,
     slow_but,
     stepper,
@@ -387,9 +388,7 @@ def assert_as_alone(results, kind):
     makes another code of a compressed number.
     """
     most = 1e-3 if kind in ("uint8", "bfloat16") else 0.0
-    for x, y in zip(*map(jax.tree.leaves, (results, alone(kind))), strict=True):
-        same = np.isclose(*(np.asarray(a, np.float64) for a in (x, y)), 1e-5, 1e-6)
-        assert np.mean(~same) <= most
+    assert share_that_differs(results, alone(kind)) <= most
 
 
 def layouts():

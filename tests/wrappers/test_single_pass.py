@@ -15,7 +15,7 @@ from optax_rmsprop.wrappers import joins_loops, single_pass
 from optax_rmsprop.wrappers._single_pass import _warn
 
 FLAG = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
-QUICK = "plain or momentum or all and options or adam or joins"
+QUICK = "plain or momentum or (all and options) or adam or joins"
 
 
 @pytest.mark.parametrize(
