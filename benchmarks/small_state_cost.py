@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import compiled
 import tpu
 from optax_rmsprop import compress_state, rmsprop
 from optax_rmsprop.wrappers import master_weights
@@ -45,14 +46,8 @@ OPTIONS = {
     "momentum": {"momentum": 0.9},
     "centered+momentum": {"centered": True, "momentum": 0.9},
 }
-ON_TPU = OPTIONS | {
-    "momentum+decay": {"momentum": 0.9, "weight_decay": 1e-4},
-    "centered+momentum+decay": {
-        "centered": True,
-        "momentum": 0.9,
-        "weight_decay": 1e-4,
-    },
-}
+WITH_DECAY = {"momentum+decay": {"momentum": 0.9, "weight_decay": 1e-4}}
+ON_TPU = OPTIONS | WITH_DECAY | compiled.OPTIONS
 STATES = ("bfloat16", "uint8")
 CORRECTIONS = ("int8", "int16")
 # --check accepts 1 MiB of scratch, and these bytes per parameter to and from HBM: each

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -257,7 +258,8 @@ def _square_by_parts(x):
 
 
 def share_that_differs(one, other):
-    """The share of the numbers of two trees that differ by more than rounding."""
+    """The share of the numbers of two like trees that differ by more than rounding."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
     numbers = (
         np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)])
         for tree in (one, other)

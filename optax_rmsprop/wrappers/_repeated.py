@@ -12,6 +12,7 @@ Only what is computed element by element is repeated. All else, such as the norm
 gradients, is computed once, from the arrays themselves.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -92,10 +93,8 @@ def repeated(
     """
     results, again = _once_and_again(update, arguments)
     sources = sources_of(*results)
-    made = [results]
-    for _, mask in zip(range(max(sources, default=0)), masks, strict=False):
-        made.append(again(mask))
-    leaves = [jax.tree.leaves(x) for x in made]
+    made = map(again, itertools.islice(masks, max(sources, default=0)))
+    leaves = [jax.tree.leaves(x) for x in (results, *made)]
     structure: Any = jax.tree.structure(results)
     return structure.unflatten(leaves[n][i] for i, n in enumerate(sources))
 
